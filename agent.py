@@ -1,0 +1,352 @@
+"""A backend for a Layercode voice agent: signed webhook in, speech out, in one file.
+
+caller ── audio ──► Layercode ── POST /agent, signed JSON ──► agent.py ──► Gemini
+caller ◄─ audio ─── Layercode ◄── Server-Sent Events ──────── agent.py ◄── text
+browser ── POST /authorize ──► agent.py ── with the API key ──► Layercode REST API
+
+python agent.py             serve Layercode's webhooks and authorize browsers
+python agent.py chat        talk to the agent in the terminal; needs no key
+python agent.py chat URL    the same with an agent elsewhere, by the URL of its webhook
+"""
+
+import asyncio, hashlib, hmac, json, logging, os, re, select, sys, time, traceback
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from weakref import WeakValueDictionary
+from aiohttp import ClientError, ClientSession, TCPConnector, web
+
+log = logging.getLogger("agent")
+Event = dict[str, Any]  # a webhook, or one event of the answer
+Answer = AsyncGenerator[str | Event, None]  # words to speak and events to send, as they come
+running: ContextVar[SimpleNamespace] = ContextVar("running")  # the app at work: see make_app()
+answering = WeakValueDictionary[str, asyncio.Task[Any]]()  # the task that speaks in a conversation
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+VARIABLES = {  # name: default, what can be right, what is missing without it
+    "LAYERCODE_WEBHOOK_SECRET": ("", ".*", "all webhooks will be refused. Dashboard: your agent, Your Backend, Edit"),
+    "GOOGLE_GENERATIVE_AI_API_KEY": ("", ".*", "replies are an offline stand-in's. https://aistudio.google.com/apikey"),
+    "LAYERCODE_API_KEY": ("", ".*", "no browser can be authorized. Dashboard: Settings"),
+    "GEMINI_MODEL": ("gemini-3.5-flash-lite", r"\S+", ""),
+    "LAYERCODE_AGENT_ID": ("", ".*", ""),  # if set, the only agent that browsers are authorized for
+    "ALLOWED_ORIGINS": ("*://localhost,*://localhost:*,*://127.0.0.1,*://127.0.0.1:*", r"(\S+://[^\s,/]+[\s,]*)+", ""),
+    "HOST": ("127.0.0.1", r"\S+", ""),
+    "PORT": ("3000", "[0-9]{1,5}", ""),
+    "LAYERCODE_API_URL": ("https://api.layercode.com", r"https?://[^\s/]+", ""),
+    "LOG_LEVEL": ("INFO", "DEBUG|INFO|WARNING|ERROR", ""),
+}
+DOTENV = r"""(?m)^\s*(?:export\s+)?(\w+)[ \t]*=[ \t]*(?:'(.*?)'|"((?:\\.|[^"\\])*)"|(.*?))[ \t]*(?:(?<=\s)#.*)?$"""
+
+
+def load_settings() -> dict[str, str]:
+    """VARIABLES from the environment, else .env, else the default. Raises ValueError naming what cannot be right."""
+    file = Path(__file__).with_name(".env")
+    lines = re.findall(DOTENV, file.read_text("utf-8-sig")) if file.exists() else []
+    given = {key: single or re.sub(r"\\(.)", r"\1", double) or bare for key, single, double, bare in lines} | os.environ
+    settings = {name: given.get(name, "").strip() or default for name, (default, _, _) in VARIABLES.items()}
+    if wrong := [f"{name}={value}" for name, value in settings.items() if not re.fullmatch(VARIABLES[name][1], value)]:
+        raise ValueError(f"{wrong[0]} cannot be right: see .env.example")
+    return settings
+
+
+# ---- the agent: make it yours ----------------------------------------------------------------------------------------
+SYSTEM_PROMPT = """You are a friendly voice assistant on a call. Your words are read aloud: write plain spoken sentences,
+no Markdown, lists, emojis or symbols; spell out numbers, dates and units; use contractions; always punctuate. One or two
+sentences will do unless asked for more. [interrupted] marks where the caller stopped hearing you; never write it."""
+GREETING, WELCOME_BACK = "Hi there! How can I help you today?", "Welcome back! Where were we?"
+APOLOGY = "Sorry, I didn't get that. Could you say it again?"  # for what can't be understood, and what fails
+PATIENCE = 8.0  # seconds without a word from reply() before the caller hears APOLOGY
+AUTHORIZE_PATIENCE = 10.0  # seconds for Layercode to authorize a browser
+RETRY = {"attempts": 2, "initial_delay": 0.25, "jitter": 0, "http_status_codes": [500, 502, 503, 504]}  # of Gemini, s
+TOLERANCE = 300  # seconds that a signature may be off, as in Layercode's Node SDK
+MAX_TURNS, MAX_CONVERSATIONS = 50, 10_000  # the last ones: sent to the model, kept in memory
+FORWARDED = "agent_id", "conversation_id", "metadata", "sdk_version"  # "config" would let visitors replace the webhook
+
+
+async def reply(event: Event, history: list["Turn"]) -> Answer:
+    """Yields the answer to history's last turn: a str is spoken, a dict sent as an event. event is the webhook."""
+    app = running.get()
+    if not app.gemini:  # the offline stand-in shows what the history holds
+        said = ". Before that: ".join(turn.user for turn in history[:-4:-1] if turn.user)
+        for word in f"I'm the offline stand-in. You said: {said}. Set GOOGLE_GENERATIVE_AI_API_KEY for Gemini.".split():
+            yield word + " "
+            await asyncio.sleep(0.1)  # a pace at which a person at the terminal can interrupt
+        return
+    # extra_body takes the place of contents="-": the SDK's own objects would cost more with every turn.
+    config = {"system_instruction": SYSTEM_PROMPT, "http_options": {"extra_body": {"contents": contents(history)}}}
+    config["automatic_function_calling"] = {"disable": True}
+    model = app.settings["GEMINI_MODEL"]
+    async with aclosing(await app.gemini.generate_content_stream(model=model, contents="-", config=config)) as chunks:
+        async for chunk in chunks:
+            if chunk.text:
+                yield chunk.text
+            if chunk.candidates and chunk.candidates[0].finish_reason not in (None, "STOP", "MAX_TOKENS"):
+                raise RuntimeError(f"Gemini ended with {chunk.candidates[0].finish_reason.name}")
+
+
+def contents(history: list["Turn"]) -> list[Event]:
+    """What Gemini is sent: user and model in turn, user first and last, and nothing unheard."""
+    said: list[Event] = [{"role": "user", "parts": []}]
+    for turn in history:
+        said[-1]["parts"].append({"text": turn.user or "(The caller says nothing.)"})
+        if turn.assistant:
+            words = turn.assistant if turn.finished else turn.assistant + " [interrupted]"
+            said += [{"role": "model", "parts": [{"text": words}]}, {"role": "user", "parts": []}]
+    return said
+
+
+async def may_authorize(request: web.Request) -> bool:
+    """Whether this visitor may talk to the agent: put your own log-in check here."""
+    return True
+
+
+# ---- history: what was said and heard --------------------------------------------------------------------------------
+@dataclass(slots=True)
+class Turn:
+    """What the caller said, and what was written in answer so far."""
+
+    user: str = ""  # empty for a greeting, and where nothing was understood
+    assistant: str = ""
+    finished: bool = False  # else the answer is on its way, was cut off, or its process died
+
+
+class Histories(dict[str, dict[str, Turn]]):
+    """Conversations in memory; beyond MAX_CONVERSATIONS the least recently used goes, unless it is being answered."""
+
+    async def load(self, conversation: str) -> dict[str, Turn]:
+        """The conversation's turns by turn_id, in order; empty if it is new."""
+        turns = self.pop(conversation, {})
+        if len(self) >= MAX_CONVERSATIONS:
+            self.pop(next((name for name in self if name not in answering), ""), None)
+        return self.setdefault(conversation, turns)
+
+    async def save(self, conversation: str, turn_id: str, turn: Turn) -> None:
+        """Keeps the turn: called before the model is asked, and again when the answer is over."""
+        self.setdefault(conversation, {})[turn_id] = turn
+
+
+# ---- the signature ---------------------------------------------------------------------------------------------------
+def sign(body: bytes, secret: str, timestamp: str = "") -> str:
+    """The layercode-signature header for body: t=<Unix seconds>,v1=<hex HMAC-SHA256 of "<t>.<body>">."""
+    timestamp = timestamp or str(int(time.time()))
+    return f"t={timestamp},v1={hmac.new(secret.encode(), f'{timestamp}.'.encode() + body, hashlib.sha256).hexdigest()}"
+
+
+def verify(header: str, body: bytes, secret: str) -> bool:
+    """Whether header signs body, the bytes as received: the same JSON, parsed and written again, may have others."""
+    match = re.search(r"t=([1-9][0-9]*)(,v1=[0-9a-fA-F].*)", header)
+    if not match or abs(int(time.time()) - float(match[1])) > TOLERANCE:
+        return False
+    expected = sign(body, secret, match[1]).partition("v1=")[2]
+    return any(hmac.compare_digest(expected, given) for given in re.findall(r",v1=([0-9a-fA-F]+)", match[2]))
+
+
+# ---- speech out ------------------------------------------------------------------------------------------------------
+async def speak(request: web.Request, turn: Turn, turn_id: str, answer: Answer | str, label: str) -> web.StreamResponse:
+    """Streams answer as it comes, APOLOGY in the place of what fails or stalls; turn tells how far it got."""
+    outcome, level, times = "spoken", logging.INFO, [time.monotonic()]
+    response = web.StreamResponse(headers={"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"})
+    response.content_type = "text/event-stream"
+
+    async def say(piece: str | Event) -> None:
+        event = {"type": "response.tts", "content": piece} if isinstance(piece, str) else piece
+        await response.write(f"data: {json.dumps({**event, 'turn_id': turn_id})}\n\n".encode())
+        turn.assistant += piece if isinstance(piece, str) else ""  # only now that it is written
+        times.append(time.monotonic())
+
+    try:
+        with suppress(ConnectionResetError):  # when the caller hangs up while words are being written
+            await response.prepare(request)
+            try:
+                if isinstance(answer, str):
+                    await say(answer)
+                else:
+                    async with asyncio.timeout(PATIENCE) as patience, aclosing(answer):
+                        async for piece in answer:
+                            await say(piece)
+                            patience.reschedule(asyncio.get_running_loop().time() + PATIENCE)
+                    if len(times) == 1:
+                        raise RuntimeError("no words")
+            except Exception as error:  # noqa: BLE001
+                why = error if isinstance(error, RuntimeError) else getattr(error, "code", "")  # others may hold a key
+                outcome, level = f"failed: {type(error).__name__} {why}", logging.WARNING
+                log.debug("%s: %s", label, "".join(traceback.format_tb(error.__traceback__)))
+                await say(" " * bool(turn.assistant) + APOLOGY)
+            await say({"type": "response.end"})
+            turn.finished = True
+    finally:
+        first_word, total = (1000 * (moment - times[0]) for moment in (times[len(times) > 1], time.monotonic()))
+        outcome, chunks = (outcome, len(times) - 2) if turn.finished else ("interrupted", len(times) - 1)
+        log.log(level, "%s %s first_word=%.0fms total=%.0fms chunks=%d", label, outcome, first_word, total, chunks)
+    return response
+
+
+# ---- endpoints -------------------------------------------------------------------------------------------------------
+def parse(body: bytes) -> Event:
+    """The JSON object in body, rid of lone surrogates, which nothing can encode. Raises HTTPBadRequest."""
+    with suppress(ValueError, TypeError, RecursionError):
+        return dict(json.loads(json.dumps(json.loads(body), ensure_ascii=False).encode(errors="replace")))
+    raise web.HTTPBadRequest(reason="the body is not a JSON object")
+
+
+def text_of(event: Event, name: str, older_name: str = "") -> str:
+    """The text that event has under the name. Raises HTTPBadRequest."""
+    if isinstance(text := event.get(name) or event.get(older_name), str):
+        return text
+    raise web.HTTPBadRequest(reason=f"{name} is missing or not a text")
+
+
+async def agent(request: web.Request) -> web.StreamResponse:
+    """Answers a webhook: a message and a greeting with speech, anything else with a mere 200."""
+    app, body = running.get(), await request.read()
+    if not (secret := app.settings["LAYERCODE_WEBHOOK_SECRET"]):
+        raise web.HTTPInternalServerError(reason="LAYERCODE_WEBHOOK_SECRET is not set")
+    if not verify(request.headers.get("layercode-signature", ""), body, secret):
+        raise web.HTTPUnauthorized(reason="wrong signature: is LAYERCODE_WEBHOOK_SECRET this agent's, the clock right?")
+    event = parse(body)
+    kind, conversation = text_of(event, "type"), text_of(event, "conversation_id", "session_id")
+    if kind not in ("message", "welcome") and (kind != "session.start" or event.get("turn_id") is None):
+        return web.json_response({})
+    turn_id, text = text_of(event, "turn_id"), {"text": event.get("text", ...) or " "}  # an empty text is no error
+    said = text_of(text, "text").strip() if kind == "message" else ""
+    turns, label = await app.histories.load(conversation), f"conversation={conversation!r} turn={turn_id!r}"
+    turn = turns.setdefault(turn_id, Turn())
+    if turn.finished or turn_id != list(turns)[-1]:  # delivered twice: the same words again, and nothing changes
+        return await speak(request, Turn(), turn_id, turn.assistant, label + " again")
+    if conversation in answering:
+        answering[conversation].cancel()  # its connection may have dropped unseen, behind a tunnel
+    answering[conversation] = asyncio.current_task()  # type: ignore[assignment]
+    match event.get("interruption_context"):
+        case {"previous_turn_interrupted": True, "assistant_turn_id": str(at), "text_heard": str(heard)} if at in turns:
+            turns[at].assistant, turns[at].finished = heard, False
+            await app.histories.save(conversation, at, turns[at])
+    turn.user, turn.assistant = said, ""
+    answer = app.reply(event, list(turns.values())[-MAX_TURNS:]) if turn.user else APOLOGY
+    if kind != "message":
+        answer = GREETING if len(turns) == 1 else WELCOME_BACK
+        if app.gemini:  # connect to it while the caller listens, so that the first reply need not
+            app.warm_up = asyncio.gather(app.gemini.get(model=app.settings["GEMINI_MODEL"]), return_exceptions=True)
+    try:
+        await app.histories.save(conversation, turn_id, turn)  # before the model is asked: no word gets lost
+        return await speak(request, turn, turn_id, answer, label)
+    finally:
+        await app.histories.save(conversation, turn_id, turn)
+
+
+async def authorize(request: web.Request) -> web.Response:
+    """Gets a browser its session key: Layercode's answer unchanged, while the API key stays here."""
+    app, page = running.get(), parse(await request.read())
+    key, agent_id = app.settings["LAYERCODE_API_KEY"], text_of(page, "agent_id", "pipeline_id")
+    if not await may_authorize(request) or app.settings["LAYERCODE_AGENT_ID"] not in ("", agent_id):
+        raise web.HTTPForbidden(reason="this visitor may not talk to this agent")
+    if not key:
+        raise web.HTTPInternalServerError(reason="LAYERCODE_API_KEY is not set")
+    page |= {"agent_id": agent_id, "conversation_id": page.get("conversation_id") or page.get("session_id")}
+    session = {name: page[name] for name in FORWARDED if page.get(name) is not None}
+    post = {"json": session, "headers": {"Authorization": f"Bearer {key}"}, "allow_redirects": False}
+    url = app.settings["LAYERCODE_API_URL"] + "/v1/agents/web/authorize_session"
+    try:
+        async with asyncio.timeout(AUTHORIZE_PATIENCE), app.http.post(url, **post) as upstream:
+            status, answer = upstream.status, await upstream.text()
+    except (TimeoutError, ClientError) as error:
+        gone = web.HTTPGatewayTimeout if isinstance(error, TimeoutError) else web.HTTPBadGateway
+        raise gone(reason=f"no answer from Layercode: {type(error).__name__}") from None
+    if status not in (200, 400, 402):
+        raise web.HTTPBadGateway(reason=f"Layercode answered {status}")
+    reason = re.sub(r"[^ -~]+", " ", str(parse(answer.encode()).get("error", "OK")).replace(key, "***"))[:200]
+    return web.Response(text=answer.replace(key, "***"), status=status, reason=reason, content_type="application/json")
+
+
+# ---- the app ---------------------------------------------------------------------------------------------------------
+def make_app(settings: dict[str, str] | None = None, reply: Any = reply, histories: Any = None) -> web.Application:
+    """The app, to run or to mount in another; give its runner handler_cancellation=True, or barge-in goes unnoticed."""
+    state = SimpleNamespace(settings=settings or load_settings(), reply=reply, gemini=None)
+    state.histories = Histories() if histories is None else histories
+
+    @web.middleware
+    async def outermost(request: web.Request, handler: Any) -> web.StreamResponse:
+        running.set(state)
+        origin, allowed = request.headers.get("Origin", ""), state.settings["ALLOWED_ORIGINS"].replace(",", " ").split()
+        known = any(fnmatchcase(origin, pattern) for pattern in allowed)
+        try:
+            if origin and not known and origin.partition("://")[2] != request.host:
+                raise web.HTTPForbidden(reason="the page's origin is not in ALLOWED_ORIGINS")
+            response: web.StreamResponse = web.Response(text="The agent is up.\n")  # says GET /, and a preflight
+            if request.method != "OPTIONS" and request.path != "/":
+                response = await handler(request)
+        except web.HTTPException as error:
+            log.warning("%s %.60r from %r: %d %s", request.method, request.path, origin, error.status, error.reason)
+            response = web.json_response({"error": error.reason}, status=error.status, reason=error.reason)
+        if known:
+            response.headers.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
+            response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
+        return response
+
+    async def outgoing(app: web.Application) -> AsyncGenerator[None, None]:
+        async with ClientSession(connector=TCPConnector(limit=0, keepalive_timeout=300)) as state.http:  # seconds
+            if key := state.settings["GOOGLE_GENERATIVE_AI_API_KEY"]:
+                from google import genai  # only now: it takes longer to import than all the rest
+
+                options: Any = {"aiohttp_client": state.http, "retry_options": RETRY}
+                state.gemini = genai.Client(api_key=key, http_options=options).aio.models
+            yield
+
+    app = web.Application(middlewares=[outermost])  # takes bodies up to 1 MiB
+    app.cleanup_ctx.append(outgoing)
+    app.router.add_post("/{api:(api/)?}agent", agent)
+    app.router.add_post("/{api:(api/)?}authorize", authorize)
+    return app
+
+
+# ---- the terminal client ---------------------------------------------------------------------------------------------
+async def chat(settings: dict[str, str], url: str = "") -> None:
+    """Plays Layercode's part: each line typed is a message, and a barge-in if the agent is still speaking."""
+    secret = settings["LAYERCODE_WEBHOOK_SECRET"] if url else os.urandom(16).hex()
+    if not url:
+        runner = web.AppRunner(make_app(settings | {"LAYERCODE_WEBHOOK_SECRET": secret}), handler_cancellation=True)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/agent"
+    event, conversation, line = Event(type="session.start"), os.urandom(8).hex(), "-"
+    while line:
+        event |= {"session_id": "terminal", "conversation_id": conversation, "turn_id": os.urandom(8).hex()}
+        body, heard, typed = json.dumps(event).encode(), "", False
+        headers = {"layercode-signature": sign(body, secret)}
+        async with ClientSession() as http, http.post(url, data=body, headers=headers, raise_for_status=True) as answer:
+            while not typed and (frame := await answer.content.readline()):
+                piece = json.loads(frame.removeprefix(b"data: ").strip() or "{}")
+                words = piece["content"] if piece.get("type") == "response.tts" else ""
+                print(words, end="", flush=True)
+                heard += words
+                typed = sys.stdin.isatty() and bool(select.select([sys.stdin], [], [], 0)[0])
+        print()
+        report = {"previous_turn_interrupted": typed, "words_heard": len(heard.split()), "text_heard": heard}
+        report["assistant_turn_id"] = event["turn_id"]
+        event = {"type": "message", "text": (line := sys.stdin.readline()).strip(), "interruption_context": report}
+
+
+def main() -> None:
+    """Serves, or chats, as the command line says; what is wrong with it or the settings ends in one line."""
+    try:
+        settings = load_settings()
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+        if sys.argv[1:2] == ["chat"]:
+            return asyncio.new_event_loop().run_until_complete(chat(settings, *sys.argv[2:3]))
+        log.setLevel(settings["LOG_LEVEL"])
+        lacks = [f"{key} is not set: {hint}" for key, (_, _, hint) in VARIABLES.items() if hint and not settings[key]]
+        banner = "\n".join(
+            [f"Serving http://{settings['HOST']}:{settings['PORT']}", *lacks, "Next: npx @layercode/cli tunnel"]
+        )
+        address: Any = {"host": settings["HOST"], "port": int(settings["PORT"]), "print": lambda _: print(banner)}
+        web.run_app(make_app(settings), **address, handler_cancellation=True, shutdown_timeout=5, access_log=None)
+    except (KeyboardInterrupt, ValueError, OSError, ClientError) as error:
+        sys.exit(0 if isinstance(error, KeyboardInterrupt) else f"agent.py: {str(error) or type(error).__name__}")
+
+
+if __name__ == "__main__":
+    main()
