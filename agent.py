@@ -80,13 +80,17 @@ async def reply(event: Event, history: list["Turn"]) -> Answer:
     # extra_body takes the place of contents="-": the SDK's own objects would cost more with every turn.
     config = {"system_instruction": SYSTEM_PROMPT, "http_options": {"extra_body": {"contents": contents(history)}}}
     config["automatic_function_calling"] = {"disable": True}
-    model = app.settings["GEMINI_MODEL"]
-    async with aclosing(await app.gemini.generate_content_stream(model=model, contents="-", config=config)) as chunks:
+    chunks = await app.gemini.generate_content_stream(model=app.settings["GEMINI_MODEL"], contents="-", config=config)
+    try:
         async for chunk in chunks:
             if chunk.text:
                 yield chunk.text
             if chunk.candidates and chunk.candidates[0].finish_reason not in (None, "STOP", "MAX_TOKENS"):
                 raise RuntimeError(f"Gemini ended with {chunk.candidates[0].finish_reason.name}")
+    finally:  # Closed at a yield, the SDK leaves its connection to the garbage collector; cancelled as it waits, it does not.
+        with suppress(Exception):
+            async with asyncio.timeout(0):
+                [_ async for _ in chunks]
 
 
 def contents(history: list["Turn"]) -> list[Event]:
@@ -181,7 +185,8 @@ async def speak(request: web.Request, turn: Turn, turn_id: str, answer: Answer |
             turn.finished = True
     finally:
         first_word, total = (1000 * (moment - times[0]) for moment in (times[len(times) > 1], time.monotonic()))
-        outcome, chunks = (outcome, len(times) - 2) if turn.finished else ("interrupted", len(times) - 1)
+        outcome, level = (outcome, level) if turn.finished else ("interrupted", logging.INFO)
+        chunks = len(times) - 1 - turn.finished  # all but response.end
         log.log(level, "%s %s first_word=%.0fms total=%.0fms chunks=%d", label, outcome, first_word, total, chunks)
     return response
 
@@ -340,7 +345,7 @@ def main() -> None:
         log.setLevel(settings["LOG_LEVEL"])
         lacks = [f"{key} is not set: {hint}" for key, (_, _, hint) in VARIABLES.items() if hint and not settings[key]]
         banner = "\n".join(
-            [f"Serving http://{settings['HOST']}:{settings['PORT']}", *lacks, "Next: npx @layercode/cli tunnel"]
+            [f"Up: http://{settings['HOST']}:{settings['PORT']}", *lacks, "Next: npx @layercode/cli tunnel"]
         )
         address: Any = {"host": settings["HOST"], "port": int(settings["PORT"]), "print": lambda _: print(banner)}
         web.run_app(make_app(settings), **address, handler_cancellation=True, shutdown_timeout=5, access_log=None)

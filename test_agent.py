@@ -5,8 +5,12 @@
 """
 
 import asyncio
+import gc
+import inspect
 import json
 import os
+import subprocess
+import time
 from itertools import count
 
 import aiohttp
@@ -175,3 +179,274 @@ async def test_a_conversation_reaches_gemini_as_it_was_said_and_heard(caller, ge
         ("user", "No, cake!"),
     ]
     assert greeting == agent.GREETING
+
+
+# ---- the signature ------------------------------------------------------------------------------------------
+
+
+async def test_a_webhook_is_verified_as_it_was_sent_and_not_as_parsed_and_written_again(caller):
+    event = caller.event("message", text="caf\u00e9", metadata={"price": 1.0})
+    for body in (json.dumps(event, indent=2), json.dumps(event, ensure_ascii=False), json.dumps(event)):
+        async with caller.post(body=body.encode()) as response:
+            assert response.status == 200
+
+
+@pytest.mark.parametrize("path", ["/agent", "/api/agent"])
+@pytest.mark.parametrize("signature", ["", "nonsense", "t=1,v1=00", "t=,v1=", "stale", "future", "other", "v0", "\u00e9"])
+async def test_a_webhook_without_a_right_signature_is_refused(caller, gemini, signature, path):
+    body, now = b'{"type": "message"}', time.time()
+    special = {
+        "stale": agent.sign(body, SECRET, str(int(now - 310))),
+        "future": agent.sign(body, SECRET, str(int(now + 310))),
+        "other": agent.sign(body, "another secret"),
+        "v0": agent.sign(body, SECRET).replace("v1=", "v0="),
+    }
+    async with caller.post(body=body, signature=special.get(signature, signature), path=path) as response:
+        assert (response.status, list(await response.json())) == (401, ["error"])
+    assert not gemini.asked
+
+
+def signatures(body):
+    """Headers of every shape, right and wrong."""
+    now = int(time.time())
+    right, v1 = agent.sign(body, SECRET, str(now)), agent.sign(body, SECRET, str(now)).partition("v1=")[2]
+    for age in (-400, -302, -290, 0, 290, 302, 10**9):
+        yield agent.sign(body, SECRET, str(now - age))
+    yield from (right.upper(), right.replace(v1, v1.upper()), right + "0", right + "zz", right + ",v0=aa", "x" + right)
+    yield from ("", "t=1", f"v1={v1},t={now}", f"t={now}, v1={v1}", f"t={now},v0={v1}", f"t={now},v0=a,v1={v1}")
+    yield from (f"t={now}.0,v1={v1}", f"t=+{now},v1={v1}", f"t=0,{right}", f"t=1,v1=zz {right}", f"t={'9' * 5000},v1={v1}")
+    yield from (f"t={now};v1={v1}", f"T={now},v1={v1}", f"t={now},v1=", f"foot={now},v1={v1}", right[:-1], right + ";v1=0")
+
+
+@pytest.mark.skipif("LAYERCODE_NODE_SDK" not in os.environ, reason="LAYERCODE_NODE_SDK is not set to its index.js")
+async def test_verify_agrees_with_layercodes_node_sdk():
+    script = """import { verifySignature } from SDK; const [payload, secret, headers] = JSON.parse(process.argv[1]);
+        console.log(JSON.stringify(headers.map(signature => verifySignature({ payload, signature, secret }))))"""
+    script = script.replace("SDK", json.dumps(os.environ["LAYERCODE_NODE_SDK"]))
+    headers = list(signatures(b'{"a": "b"}'))
+    given = json.dumps(['{"a": "b"}', SECRET, headers])
+    node = subprocess.run(["node", "--input-type=module", "-e", script, given], capture_output=True, check=True)
+    assert json.loads(node.stdout) == [agent.verify(header, b'{"a": "b"}', SECRET) for header in headers]
+
+
+async def test_while_a_secret_is_rotated_one_right_v1_of_several_is_enough():
+    timestamp, v1 = agent.sign(b"{}", SECRET).split(",")
+    assert agent.verify(f"{timestamp},v1={'0' * 64},{v1}", b"{}", SECRET)
+    assert not agent.verify(f"{timestamp},v1={'0' * 64},{v1.replace('v1', 'v0')}", b"{}", SECRET)
+
+
+# ---- webhooks -----------------------------------------------------------------------------------------------
+
+
+async def test_without_a_webhook_secret_nothing_is_accepted(start):
+    caller = await start({"LAYERCODE_WEBHOOK_SECRET": ""})
+    async with caller.post(caller.event("message", text="hello"), signature=agent.sign(b"", "x")) as response:
+        assert response.status == 500
+        assert "LAYERCODE_WEBHOOK_SECRET" in (await response.json())["error"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("type", None), ("type", 5), ("conversation_id", ["x"]), ("turn_id", None), ("turn_id", {}), ("text", 5), ("text", ["x"])],
+)
+async def test_the_error_names_the_field_that_is_not_as_it_should_be(caller, field, value):
+    async with caller.post(caller.event("message", text="hello") | {field: value}) as response:
+        assert response.status == 400
+        assert field in (await response.json())["error"]
+
+
+async def test_a_message_without_a_text_is_an_error_and_one_with_an_empty_text_is_not(caller, gemini):
+    async with caller.post(caller.event("message")) as response:
+        assert (response.status, await response.json()) == (400, {"error": "text is missing or not a text"})
+    assert [await caller.say(text) for text in ("", None, "  ")] == [agent.APOLOGY] * 3
+    assert not gemini.asked
+
+
+@pytest.mark.parametrize("kind", ["data", "session.update", "session.end", "session.start", "something.new"])
+async def test_what_asks_for_no_words_gets_a_mere_200(caller, kind):
+    async with caller.post({"type": kind, "session_id": "session_1", "data": {"a": 1}}) as response:
+        assert (response.status, await response.json()) == (200, {})
+
+
+async def test_who_comes_back_is_welcomed_back_and_nothing_is_forgotten(caller, gemini):
+    words = [(await caller.send(caller.event(kind)))[0] for kind in ("welcome", "session.start")]
+    assert words == [agent.GREETING, agent.WELCOME_BACK]
+    await caller.say("Hello.")
+    assert [text for role, text in gemini.heard() if role == "model"] == words
+
+
+async def test_old_payloads_without_conversation_id_are_one_conversation_a_session(caller, gemini):
+    for text in ("one", "two"):
+        event = {"type": "message", "session_id": caller.conversation, "turn_id": text, "text": text}
+        await caller.send(event)
+    assert [text for role, text in gemini.heard() if role == "user"] == ["one", "two"]
+
+
+async def test_the_answer_has_the_form_that_layercode_reads(caller):
+    event = caller.event("message", text="hello")
+    async with caller.post(event) as response:
+        frames = (await response.text()).split("\n\n")
+    assert response.headers["Content-Type"] == "text/event-stream"
+    assert response.headers["Cache-Control"] == "no-cache, no-transform"
+    assert response.headers["X-Accel-Buffering"] == "no"
+    turn = event["turn_id"]
+    assert frames[0] == f'data: {{"type": "response.tts", "content": "Sure, ", "turn_id": "{turn}"}}'
+    assert frames[-2:] == [f'data: {{"type": "response.end", "turn_id": "{turn}"}}', ""]
+
+
+async def test_reply_may_yield_events_beside_words(start):
+    async def reply(event, history):
+        yield {"type": "response.data", "content": {"said": history[-1].user}}
+        yield "Goodbye."
+        yield {"type": "response.hangup"}
+
+    caller = await start(reply=reply)
+    words, frames = await caller.send(caller.event("message", text="bye"))
+    assert words == "Goodbye."
+    assert [frame["type"] for frame in frames] == ["response.data", "response.tts", "response.hangup", "response.end"]
+
+
+async def test_words_are_passed_on_the_moment_they_come(caller, gemini):
+    more = asyncio.Event()
+    gemini.scripts = [["Hello ", more, "there."]]
+    async with caller.post(caller.event("message", text="hi")) as response:
+        assert await caller.hear(response, "Hello ") == "Hello "
+        more.set()
+        assert await caller.hear(response, "there.") == "there."
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"null", b"5", b'"x"', b"\xff\xfe", b"{", b"[" * 100_000, b'{"a":' * 50_000, b'{"type": 1' + b"0" * 5000 + b"}",
+        b"\x00", b'{"type": {}, "session_id": []}', b'{"type": NaN}', b"[1, 2]", b'[["type", "message"]]',
+    ],
+)  # fmt: skip
+async def test_rubbish_is_a_clear_400(caller, body):
+    async with caller.post(body=body) as response:
+        assert response.status == 400
+        assert list(await response.json()) == ["error"]
+
+
+async def test_lone_surrogates_and_nuls_do_not_break_a_conversation(caller, gemini):
+    for field in ("text", "turn_id", "conversation_id", "interruption_context"):
+        event = caller.event("message", text="hello") | {field: "a\ud800b\x00\n"}
+        async with caller.post(event) as response:
+            assert response.status == 200
+    assert gemini.heard(0)[-1] == ("user", "a?b\x00")
+
+
+async def test_bodies_of_one_mebibyte_are_read_and_no_larger_ones(caller):
+    event = caller.event("message", text="hello", padding="")
+    room = 2**20 - len(json.dumps(event))
+    async with caller.post(event | {"padding": "x" * room}) as response:
+        assert response.status == 200
+    async with caller.post(event | {"padding": "x" * (room + 1)}) as response:
+        assert (response.status, list(await response.json())) == (413, ["error"])
+
+
+# ---- barge-in -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [[STALL], ["Well, ", STALL], ["Well, ", "x" * 10_000, *["y" * 60_000] * 200]])
+async def test_when_the_connection_drops_gemini_stops(caller, gemini, script):
+    gemini.scripts = [script]
+    async with caller.post(caller.event("message", text="hi")) as response:
+        await gemini.until(streams=1)
+        if script[0] != STALL:
+            await caller.hear(response, "Well, ")
+        response.close()
+    await gemini.until(streams=0)
+
+
+async def test_a_new_message_ends_the_reply_to_an_earlier_one(caller, gemini):
+    gemini.scripts = [["Once upon ", STALL]]
+    async with caller.post(caller.event("message", text="Tell me a story.")) as response:
+        await caller.hear(response, "Once upon ")
+        assert await caller.say("Stop!") == "Sure, no problem."
+        await gemini.until(streams=0)
+        with pytest.raises(aiohttp.ClientError):
+            await response.read()
+    assert gemini.heard()[1] == ("model", "Once upon  [interrupted]")
+
+
+async def test_what_was_heard_overrules_what_was_sent_even_if_that_is_nothing(caller, gemini):
+    event = caller.event("message", text="one")
+    await caller.send(event)
+    await caller.say("two", **report(event, ""))
+    assert gemini.heard() == [("user", "one"), ("user", "two")]
+
+
+@pytest.mark.parametrize("wrong", [{"assistant_turn_id": "unknown"}, {"text_heard": None}, {"text_heard": 5}, {"previous_turn_interrupted": False}])
+async def test_a_report_about_nothing_known_changes_nothing(caller, gemini, wrong):
+    event = caller.event("message", text="one")
+    await caller.send(event)
+    context = report(event, "Su")["interruption_context"] | wrong
+    await caller.say("two", interruption_context=context)
+    await caller.say("three", interruption_context=[context])
+    assert ("model", "Sure, no problem.") in gemini.heard(1)
+
+
+async def test_a_thousand_interruptions_leave_nothing_behind(caller, gemini):
+    gemini.scripts = [["Well, ", STALL] for _ in range(1000)]
+    await caller.barge_in("warm up", after="Well, ")
+    await gemini.until(streams=0)
+    before = len(asyncio.all_tasks())
+    for _ in range(99):
+        await asyncio.gather(*(Layercode(caller.http, caller.url).barge_in("hi", after="Well, ") for _ in range(10)))
+    await gemini.until(streams=0)
+    while len(asyncio.all_tasks()) > before:
+        await asyncio.sleep(0)
+    assert not [one for one in gc.get_objects() if inspect.isasyncgen(one) and one.__name__ == "reply"]
+
+
+# ---- delivered twice ----------------------------------------------------------------------------------------
+
+
+async def test_a_finished_turn_delivered_again_is_spoken_again_without_gemini(caller, gemini):
+    event = caller.event("message", text="hello")
+    assert [(await caller.send(event))[0] for _ in range(3)] == ["Sure, no problem."] * 3
+    assert len(gemini.asked) == 1
+    await caller.say("two")
+    assert gemini.heard() == [("user", "hello"), ("model", "Sure, no problem."), ("user", "two")]
+
+
+async def test_a_running_turn_delivered_again_gets_a_new_reply_on_the_new_connection(caller, gemini):
+    gemini.scripts = [["Well, ", STALL]]
+    event = caller.event("message", text="hello")
+    async with caller.post(event) as response:
+        await caller.hear(response, "Well, ")
+        assert (await caller.send(event))[0] == "Sure, no problem."
+        await gemini.until(streams=0)
+    await caller.say("two")
+    assert gemini.heard() == [("user", "hello"), ("model", "Sure, no problem."), ("user", "two")]
+
+
+# ---- Gemini fails -------------------------------------------------------------------------------------------
+
+FAILURES = {
+    "ClientError 400": [400], "ClientError 401": [401], "ClientError 403": [403], "ClientError 429": [429],
+    "no words": [], "SAFETY": [b'data: {"candidates": [{"finishReason": "SAFETY"}]}\r\n\r\n', STALL],
+    "UnknownApiResponseError": [b"data: {hello\r\n\r\n"],
+    "TimeoutError": [STALL], "ClientPayloadError": [CUT],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoken", ["", "Well, "])
+@pytest.mark.parametrize("cause", FAILURES)
+async def test_when_gemini_fails_the_caller_hears_an_apology_and_the_log_the_cause(caller, gemini, monkeypatch, caplog, cause, spoken):
+    script = FAILURES[cause]
+    if spoken and script and not isinstance(script[0], int):
+        script = [spoken, *script]
+    if cause == "TimeoutError":
+        monkeypatch.setattr(agent, "PATIENCE", 0.2)
+    gemini.scripts, caplog_level = [script], caplog.set_level("INFO")
+    words, frames = await caller.send(caller.event("message", text="hello secret"))
+    said = spoken + " " * bool(spoken) if script[:1] == [spoken] else ""
+    assert words == said + agent.APOLOGY
+    assert frames[-1]["type"] == "response.end"
+    [line] = [record.getMessage() for record in caplog.records if record.name == "agent"]
+    assert cause in line and "failed" in line
+    assert "secret" not in caplog.text and "KEY" not in caplog.text and "Traceback" not in caplog.text
+    await caller.say("again")
+    assert gemini.heard()[:2] == [("user", "hello secret"), ("model", words)]
