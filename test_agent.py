@@ -1,7 +1,7 @@
 """The tests: the real agent over real HTTP, Layercode's part played with real signatures, against a small Gemini.
 
-    python -m pytest test_agent.py     the tests
-    python test_agent.py               the benchmark
+python -m pytest test_agent.py     the tests
+python test_agent.py               the benchmark
 """
 
 import asyncio
@@ -9,9 +9,14 @@ import gc
 import inspect
 import json
 import os
-import subprocess
+import re
+import signal
+import sys
 import time
+from asyncio.subprocess import PIPE
 from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -21,6 +26,7 @@ from aiohttp import web
 import agent
 
 pytestmark = pytest.mark.asyncio
+HERE = Path(__file__).parent
 SECRET, CUT, STALL = "a webhook secret", object(), object()
 ids = count(1)
 
@@ -81,7 +87,9 @@ class Gemini:
 def chunk(step, finish=None):
     """A chunk as Gemini streams it; step is a text, or a list of parts."""
     parts = [{"text": step}] if isinstance(step, str) else step
-    candidate = {"content": {"parts": parts, "role": "model"}, "index": 0} | ({"finishReason": finish} if finish else {})
+    candidate = {"content": {"parts": parts, "role": "model"}, "index": 0} | (
+        {"finishReason": finish} if finish else {}
+    )
     return f"data: {json.dumps({'candidates': [candidate], 'modelVersion': 'gemini-test'})}\r\n\r\n".encode()
 
 
@@ -192,7 +200,9 @@ async def test_a_webhook_is_verified_as_it_was_sent_and_not_as_parsed_and_writte
 
 
 @pytest.mark.parametrize("path", ["/agent", "/api/agent"])
-@pytest.mark.parametrize("signature", ["", "nonsense", "t=1,v1=00", "t=,v1=", "stale", "future", "other", "v0", "\u00e9"])
+@pytest.mark.parametrize(
+    "signature", ["", "nonsense", "t=1,v1=00", "t=,v1=", "stale", "future", "other", "v0", "\u00e9"]
+)
 async def test_a_webhook_without_a_right_signature_is_refused(caller, gemini, signature, path):
     body, now = b'{"type": "message"}', time.time()
     special = {
@@ -214,8 +224,21 @@ def signatures(body):
         yield agent.sign(body, SECRET, str(now - age))
     yield from (right.upper(), right.replace(v1, v1.upper()), right + "0", right + "zz", right + ",v0=aa", "x" + right)
     yield from ("", "t=1", f"v1={v1},t={now}", f"t={now}, v1={v1}", f"t={now},v0={v1}", f"t={now},v0=a,v1={v1}")
-    yield from (f"t={now}.0,v1={v1}", f"t=+{now},v1={v1}", f"t=0,{right}", f"t=1,v1=zz {right}", f"t={'9' * 5000},v1={v1}")
-    yield from (f"t={now};v1={v1}", f"T={now},v1={v1}", f"t={now},v1=", f"foot={now},v1={v1}", right[:-1], right + ";v1=0")
+    yield from (
+        f"t={now}.0,v1={v1}",
+        f"t=+{now},v1={v1}",
+        f"t=0,{right}",
+        f"t=1,v1=zz {right}",
+        f"t={'9' * 5000},v1={v1}",
+    )
+    yield from (
+        f"t={now};v1={v1}",
+        f"T={now},v1={v1}",
+        f"t={now},v1=",
+        f"foot={now},v1={v1}",
+        right[:-1],
+        right + ";v1=0",
+    )
 
 
 @pytest.mark.skipif("LAYERCODE_NODE_SDK" not in os.environ, reason="LAYERCODE_NODE_SDK is not set to its index.js")
@@ -225,8 +248,10 @@ async def test_verify_agrees_with_layercodes_node_sdk():
     script = script.replace("SDK", json.dumps(os.environ["LAYERCODE_NODE_SDK"]))
     headers = list(signatures(b'{"a": "b"}'))
     given = json.dumps(['{"a": "b"}', SECRET, headers])
-    node = subprocess.run(["node", "--input-type=module", "-e", script, given], capture_output=True, check=True)
-    assert json.loads(node.stdout) == [agent.verify(header, b'{"a": "b"}', SECRET) for header in headers]
+    node = await asyncio.create_subprocess_exec("node", "--input-type=module", "-e", script, given, stdout=PIPE)
+    assert json.loads((await node.communicate())[0]) == [
+        agent.verify(header, b'{"a": "b"}', SECRET) for header in headers
+    ]
 
 
 async def test_while_a_secret_is_rotated_one_right_v1_of_several_is_enough():
@@ -247,7 +272,15 @@ async def test_without_a_webhook_secret_nothing_is_accepted(start):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("type", None), ("type", 5), ("conversation_id", ["x"]), ("turn_id", None), ("turn_id", {}), ("text", 5), ("text", ["x"])],
+    [
+        ("type", None),
+        ("type", 5),
+        ("conversation_id", ["x"]),
+        ("turn_id", None),
+        ("turn_id", {}),
+        ("text", 5),
+        ("text", ["x"]),
+    ],
 )
 async def test_the_error_names_the_field_that_is_not_as_it_should_be(caller, field, value):
     async with caller.post(caller.event("message", text="hello") | {field: value}) as response:
@@ -377,7 +410,10 @@ async def test_what_was_heard_overrules_what_was_sent_even_if_that_is_nothing(ca
     assert gemini.heard() == [("user", "one"), ("user", "two")]
 
 
-@pytest.mark.parametrize("wrong", [{"assistant_turn_id": "unknown"}, {"text_heard": None}, {"text_heard": 5}, {"previous_turn_interrupted": False}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"assistant_turn_id": "unknown"}, {"text_heard": None}, {"text_heard": 5}, {"previous_turn_interrupted": False}],
+)
 async def test_a_report_about_nothing_known_changes_nothing(caller, gemini, wrong):
     event = caller.event("message", text="one")
     await caller.send(event)
@@ -434,13 +470,16 @@ FAILURES = {
 
 @pytest.mark.parametrize("spoken", ["", "Well, "])
 @pytest.mark.parametrize("cause", FAILURES)
-async def test_when_gemini_fails_the_caller_hears_an_apology_and_the_log_the_cause(caller, gemini, monkeypatch, caplog, cause, spoken):
+async def test_when_gemini_fails_the_caller_hears_an_apology_and_the_log_the_cause(
+    caller, gemini, monkeypatch, caplog, cause, spoken
+):
     script = FAILURES[cause]
     if spoken and script and not isinstance(script[0], int):
         script = [spoken, *script]
     if cause == "TimeoutError":
         monkeypatch.setattr(agent, "PATIENCE", 0.2)
-    gemini.scripts, caplog_level = [script], caplog.set_level("INFO")
+    gemini.scripts = [script]
+    caplog.set_level("INFO")
     words, frames = await caller.send(caller.event("message", text="hello secret"))
     said = spoken + " " * bool(spoken) if script[:1] == [spoken] else ""
     assert words == said + agent.APOLOGY
@@ -450,3 +489,325 @@ async def test_when_gemini_fails_the_caller_hears_an_apology_and_the_log_the_cau
     assert "secret" not in caplog.text and "KEY" not in caplog.text and "Traceback" not in caplog.text
     await caller.say("again")
     assert gemini.heard()[:2] == [("user", "hello secret"), ("model", words)]
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 504])
+async def test_gemini_is_asked_once_more_where_that_can_help(caller, gemini, status):
+    gemini.scripts = [[status], ["Here I am."], [status], [status]]
+    assert [await caller.say("hello") for _ in range(2)] == ["Here I am.", agent.APOLOGY]
+    assert len(gemini.asked) == 4
+
+
+async def test_gemini_is_not_asked_again_after_its_first_word_nor_where_it_would_not_help(caller, gemini):
+    gemini.scripts = [["Well, ", CUT], [400], [429]]
+    for _ in range(3):
+        assert (await caller.say("hello")).endswith(agent.APOLOGY)
+    assert len(gemini.asked) == 3
+
+
+async def test_a_gemini_that_refuses_connections_is_an_apology(caller, gemini, unused_tcp_port, monkeypatch, start):
+    monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", f"http://127.0.0.1:{unused_tcp_port}")
+    caller = await start({"GOOGLE_GENERATIVE_AI_API_KEY": "SECRET-KEY"})
+    assert await caller.say("hello") == agent.APOLOGY
+
+
+async def test_the_limits_are_those_that_are_promised():
+    assert (agent.PATIENCE, agent.AUTHORIZE_PATIENCE, agent.TOLERANCE) == (8, 10, 300)
+    assert (agent.MAX_TURNS, agent.MAX_CONVERSATIONS) == (50, 10_000)
+
+
+# ---- bounds, logs, stopping ---------------------------------------------------------------------------------
+
+
+async def test_gemini_is_sent_the_last_fifty_turns(caller, gemini):
+    for number in range(55):
+        await caller.say(f"number {number}")
+    asked = [text for role, text in gemini.heard() if role == "user"]
+    assert (asked[0], asked[-1], len(asked)) == ("number 5", "number 54", 50)
+
+
+async def test_the_least_recently_used_conversations_go_but_none_that_is_being_answered(caller, gemini, monkeypatch):
+    monkeypatch.setattr(agent, "MAX_CONVERSATIONS", 3)
+    other = [Layercode(caller.http, caller.url) for _ in range(5)]
+    gemini.scripts = [["Once upon ", STALL]]
+    async with caller.post(caller.event("message", text="Tell me a story.")) as response:
+        await caller.hear(response, "Once upon ")
+        for one in other:
+            await one.say("hello")
+        await caller.say("Go on.")
+        assert len(gemini.heard()) == 3
+    await other[0].say("again")
+    await other[4].say("again")
+    assert [len(gemini.heard(request)) for request in (-2, -1)] == [1, 3]
+
+
+async def test_a_hundred_thousand_conversations_leave_memory_flat():
+    histories = agent.Histories()
+    for number in range(100_000):
+        (await histories.load(f"conversation {number}"))["turn"] = agent.Turn("hello", "hi", True)
+    assert len(histories) == agent.MAX_CONVERSATIONS
+
+
+async def test_the_log_has_a_line_a_turn_and_neither_words_nor_secrets(caller, gemini, caplog):
+    caplog.set_level("DEBUG")
+    gemini.scripts = [["spoken words"], [403], ["spoken", STALL]]
+    event = caller.event("message", text="heard words")
+    await caller.send(event)
+    await caller.say("heard words")
+    await caller.barge_in("heard words", after="spoken")
+    await gemini.until(streams=0)
+    async with caller.post(body=b"{}", signature="t=1,v1=00") as response:
+        assert response.status == 401
+    lines = [record.getMessage() for record in caplog.records if record.name == "agent" and record.levelname != "DEBUG"]
+    form = "first_word=[0-9]+ms total=[0-9]+ms chunks=1"
+    assert re.fullmatch(f"conversation='{caller.conversation}' turn='{event['turn_id']}' spoken {form}", lines[0])
+    assert re.search(f"failed: ClientError 403 {form}", lines[1]) and re.search(f"interrupted {form}", lines[2])
+    assert len(lines) == 4 and "401" in lines[3]
+    assert "Traceback" not in caplog.text and "in reply" in caplog.text  # the stack, at DEBUG
+    assert not [secret for secret in ("heard words", "spoken words", "SECRET-KEY", SECRET) if secret in caplog.text]
+
+
+async def run(*arguments, keys=None, input=b"", **settings):
+    """Runs agent.py in a process of its own; gives it, with what it printed up to its first line's end."""
+    environment = {k: v for k, v in os.environ.items() if k not in agent.VARIABLES} | (keys or {}) | settings
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, agent.__file__, *arguments, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment
+    )
+    return process
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+async def test_when_it_is_stopped_replies_in_flight_finish(gemini, unused_tcp_port, how):
+    settings = {"PORT": str(unused_tcp_port), "LAYERCODE_WEBHOOK_SECRET": SECRET, "GOOGLE_GENERATIVE_AI_API_KEY": "k"}
+    process = await run(**settings)
+    assert b"Up: http://127.0.0.1:" in await process.stdout.readline()
+    more = asyncio.Event()
+    gemini.scripts = [["Once upon ", more, "a time."]]
+    async with aiohttp.ClientSession() as http:
+        caller = Layercode(http, f"http://127.0.0.1:{unused_tcp_port}")
+        async with caller.post(caller.event("message", text="hi")) as response:
+            await caller.hear(response, "Once upon ")
+            process.send_signal(how)
+            with pytest.raises(aiohttp.ClientError):
+                while True:
+                    await Layercode(http, caller.url).say("no new webhooks")
+            more.set()
+            assert "a time." in await response.text()
+    assert (await process.communicate(), process.returncode)[1] == 0
+
+
+async def test_killed_outright_the_next_start_works_at_once(unused_tcp_port):
+    for _ in range(2):
+        process = await run(PORT=str(unused_tcp_port))
+        assert b"Up: " in await process.stdout.readline()
+        process.kill()
+        await process.wait()
+
+
+# ---- settings -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", ["PORT=abc", "LOG_LEVEL=loud", "LAYERCODE_API_URL=layercode", "ALLOWED_ORIGINS=*"])
+async def test_a_setting_that_cannot_be_right_ends_the_start_with_one_clear_line(wrong):
+    process = await run(**dict([wrong.split("=")]))
+    _, said = await process.communicate()
+    assert (process.returncode, said.decode().count("\n")) == (1, 1)
+    assert wrong in said.decode()
+
+
+async def test_it_says_what_is_not_configured_and_where_to_get_it(unused_tcp_port):
+    process = await run(PORT=str(unused_tcp_port))
+    said = b"".join([await process.stdout.readline() for _ in range(5)]).decode()
+    process.kill()
+    assert all(name in said for name in [*list(agent.VARIABLES)[:3], "aistudio.google.com", "Dashboard", "tunnel"])
+
+
+async def test_settings_come_from_the_environment_and_from_dotenv(tmp_path, monkeypatch):
+    lines = [
+        "# a comment",
+        "export GEMINI_MODEL=a-b#c # comment",
+        "LAYERCODE_API_KEY='a # \"b'",
+        "HOST=",
+        "LOG_LEVEL=WARNING",
+    ]
+    lines += ['LAYERCODE_WEBHOOK_SECRET="a \\"b\\" # c"', "  PORT = 80 "]
+    (tmp_path / ".env").write_text("\n".join(lines))
+    monkeypatch.setattr(agent, "__file__", str(tmp_path / "agent.py"))
+    monkeypatch.setenv("LOG_LEVEL", "ERROR")
+    settings = agent.load_settings()
+    wanted = ("a-b#c", 'a # "b', "127.0.0.1", "ERROR", 'a "b" # c', "80")
+    names = "GEMINI_MODEL", "LAYERCODE_API_KEY", "HOST", "LOG_LEVEL", "LAYERCODE_WEBHOOK_SECRET", "PORT"
+    assert tuple(settings[name] for name in names) == wanted
+
+
+async def test_the_example_of_dotenv_lists_every_setting():
+    example = (HERE / ".env.example").read_text()
+    assert re.findall(r"(?m)^#? ?([A-Z_]+)=", example) == list(agent.VARIABLES)
+
+
+# ---- authorize ----------------------------------------------------------------------------------------------
+
+
+@pytest_asyncio.fixture
+async def layercode_api(aiohttp_server, start):
+    """Layercode's REST API, which answers what it is told; gives it with an agent that uses it."""
+    api = SimpleNamespace(
+        asked=[], status=200, answer={"client_session_key": "k", "conversation_id": "c", "config": {}}
+    )
+
+    async def authorize_session(request):
+        api.asked.append((request.headers["Authorization"], await request.json()))
+        if api.status == STALL:
+            await asyncio.Event().wait()
+        return web.json_response(api.answer, status=api.status)
+
+    app = web.Application()
+    app.router.add_post("/v1/agents/web/authorize_session", authorize_session)
+    url = str((await aiohttp_server(app)).make_url("")).rstrip("/")
+    api.settings = {"LAYERCODE_API_KEY": "API-KEY", "LAYERCODE_API_URL": url}
+    caller = await start(api.settings)
+    api.url, api.http = caller.url, caller.http
+    return api
+
+
+def ask(api, page=None, path="/authorize", **headers):
+    return api.http.post(api.url + path, json=page or {"agent_id": "a"}, headers=headers)
+
+
+async def test_a_page_on_another_localhost_port_gets_its_session(layercode_api):
+    origin = {"Origin": "http://localhost:5173"}
+    preflight = origin | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    async with layercode_api.http.options(layercode_api.url + "/authorize", headers=preflight) as response:
+        assert response.status == 200 and response.headers["Access-Control-Allow-Origin"] == origin["Origin"]
+        assert "Content-Type" in response.headers["Access-Control-Allow-Headers"]
+    page = {"agent_id": "a", "metadata": {}, "sdk_version": "2.7.0"}
+    async with ask(layercode_api, page, "/api/authorize", **origin) as response:
+        assert (response.status, await response.json()) == (200, layercode_api.answer)
+        assert response.headers["Access-Control-Allow-Origin"] == origin["Origin"]
+    assert layercode_api.asked == [("Bearer API-KEY", page)]
+
+
+async def test_a_page_of_another_origin_gets_nothing(layercode_api):
+    for call in (layercode_api.http.options, layercode_api.http.post):
+        headers = {"Origin": "https://localhost.evil.example"}
+        async with call(layercode_api.url + "/authorize", json={"agent_id": "a"}, headers=headers) as response:
+            assert response.status == 403
+            assert "Access-Control-Allow-Origin" not in response.headers
+    assert not layercode_api.asked
+
+
+async def test_a_visitor_cannot_set_more_than_four_fields(layercode_api):
+    page = {"agent_id": "a", "conversation_id": "c", "metadata": {"b": 1}, "sdk_version": "2"}
+    async with ask(layercode_api, page | {"config": {"x": 1}, "custom_headers": {}, "custom_metadata": {}}) as response:
+        assert response.status == 200
+    async with ask(layercode_api, {"pipeline_id": "a", "session_id": "c"}) as response:
+        assert response.status == 200
+    assert [asked for _, asked in layercode_api.asked] == [page, {"agent_id": "a", "conversation_id": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("upstream", "status", "reason"),
+    [(400, 400, "bad key: ***"), (402, 402, "bad key: ***"), (401, 502, "Layercode answered 401"), (500, 502, "Layercode answered 500")],
+)  # fmt: skip
+async def test_the_page_learns_why_there_is_no_session_but_not_the_key(layercode_api, upstream, status, reason):
+    layercode_api.status, layercode_api.answer = upstream, {"error": "bad\nkey: API-KEY"}
+    async with ask(layercode_api) as response:
+        assert (response.status, response.reason) == (status, reason)
+        assert "API-KEY" not in await response.text() and "error" in await response.json()
+
+
+async def test_a_layercode_that_does_not_answer_is_a_504_and_one_that_is_away_a_502(
+    layercode_api, start, monkeypatch, unused_tcp_port
+):
+    monkeypatch.setattr(agent, "AUTHORIZE_PATIENCE", 0.1)
+    layercode_api.status = STALL
+    async with ask(layercode_api) as response:
+        assert response.status == 504
+    away = await start(layercode_api.settings | {"LAYERCODE_API_URL": f"http://127.0.0.1:{unused_tcp_port}"})
+    async with ask(SimpleNamespace(http=away.http, url=away.url)) as response:
+        assert response.status == 502
+
+
+async def test_only_the_agent_of_the_settings_and_visitors_that_may_are_authorized(layercode_api, start, monkeypatch):
+    one = await start(layercode_api.settings | {"LAYERCODE_AGENT_ID": "the one"})
+    for agent_id, status in {"the one": 200, "another": 403}.items():
+        async with ask(SimpleNamespace(http=one.http, url=one.url), {"agent_id": agent_id}) as response:
+            assert response.status == status
+
+    async def nobody(request):
+        return False
+
+    monkeypatch.setattr(agent, "may_authorize", nobody)
+    async with ask(layercode_api) as response:
+        assert response.status == 403
+    assert len(layercode_api.asked) == 1
+
+
+async def test_without_an_api_key_no_browser_is_authorized(start):
+    caller = await start()
+    async with ask(SimpleNamespace(http=caller.http, url=caller.url)) as response:
+        assert (response.status, response.reason) == (500, "LAYERCODE_API_KEY is not set")
+
+
+async def test_health_checks_hear_that_it_is_up(caller):
+    async with caller.http.get(caller.url + "/") as response:
+        assert (response.status, await response.text()) == (200, "The agent is up.\n")
+
+
+# ---- connections --------------------------------------------------------------------------------------------
+
+
+async def test_a_call_needs_one_connection_to_gemini_and_the_greeting_opens_it(caller, gemini):
+    await caller.send(caller.event("session.start"))
+    while not gemini.connections:
+        await asyncio.sleep(0)
+    for _ in range(5):
+        await caller.say("hello")
+    assert len(gemini.connections) == 1
+
+
+# ---- the terminal client ------------------------------------------------------------------------------------
+
+
+async def test_the_terminal_chat_needs_no_keys_and_shows_the_history():
+    process = await run("chat")
+    said, wrong = await process.communicate(b"hello\nwhat did I say\n")
+    greeting, first, second = said.decode().splitlines()[:3]
+    assert (process.returncode, wrong, greeting) == (0, b"", agent.GREETING)
+    assert "offline stand-in" in first and "hello" in second
+
+
+async def test_the_terminal_chat_checks_a_webhook_elsewhere(caller):
+    good = await run("chat", caller.url + "/agent", LAYERCODE_WEBHOOK_SECRET=SECRET)
+    said, _ = await good.communicate(b"hello\n")
+    assert (said.decode().splitlines()[:2], good.returncode) == ([agent.GREETING, "Sure, no problem."], 0)
+    for url, secret, why in (
+        (caller.url + "/agent", "wrong", b"LAYERCODE_WEBHOOK_SECRET"),
+        ("http://127.0.0.1:9/", SECRET, b"connect"),
+    ):
+        process = await run("chat", url, LAYERCODE_WEBHOOK_SECRET=secret)
+        said, wrong = await process.communicate(b"hello\n")
+        assert process.returncode == 1 and why in wrong and b"Traceback" not in wrong
+
+
+async def test_a_line_typed_while_the_agent_speaks_is_a_barge_in(caller, gemini):
+    gemini.scripts = [["Once ", *["and again "] * 10_000, STALL]]
+    terminal, end = os.openpty()
+    keys = {"LAYERCODE_WEBHOOK_SECRET": SECRET}
+    command = [sys.executable, agent.__file__, "chat", caller.url + "/agent"]
+    process = await asyncio.create_subprocess_exec(*command, stdin=end, stdout=PIPE, env=os.environ | keys)
+    await process.stdout.readline()
+    os.write(terminal, b"Tell me a story.\n")
+    await process.stdout.readuntil(b"Once ")
+    os.write(terminal, b"Stop!\n")
+    await process.stdout.readuntil(b"Sure, no problem.")
+    os.write(terminal, b"\x04")
+    assert await process.wait() == 0
+    story = gemini.heard()[3]
+    assert story[1].startswith("Once and again") and story[1].endswith("[interrupted]")
+
+
+async def test_importing_the_agent_does_nothing():
+    code = "import sys, agent, threading; assert 'google.genai' not in sys.modules and threading.active_count() == 1"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, cwd=HERE, stdout=PIPE, stderr=PIPE)
+    assert await process.communicate() == (b"", b"") and process.returncode == 0
