@@ -3,7 +3,6 @@
 caller ── audio ──► Layercode ── POST /agent, signed JSON ──► agent.py ──► Gemini
 caller ◄─ audio ─── Layercode ◄── Server-Sent Events ──────── agent.py ◄── text
 browser ── POST /authorize ──► agent.py ── with the API key ──► Layercode REST API
-
 python agent.py             serve Layercode's webhooks and authorize browsers
 python agent.py chat        talk to the agent in the terminal; needs no key
 python agent.py chat URL    the same with an agent elsewhere, by the URL of its webhook
@@ -77,9 +76,8 @@ async def reply(event: Event, history: list["Turn"]) -> Answer:
             yield word + " "
             await asyncio.sleep(0.1)  # a pace at which a person at the terminal can interrupt
         return
-    # extra_body takes the place of contents="-": the SDK's own objects would cost more with every turn.
-    config = {"system_instruction": SYSTEM_PROMPT, "http_options": {"extra_body": {"contents": contents(history)}}}
-    config["automatic_function_calling"] = {"disable": True}
+    config: Event = {"system_instruction": SYSTEM_PROMPT, "automatic_function_calling": {"disable": True}}
+    config["http_options"] = {"extra_body": {"contents": contents(history)}}  # as contents= they cost more each turn
     chunks = await app.gemini.generate_content_stream(model=app.settings["GEMINI_MODEL"], contents="-", config=config)
     try:
         async for chunk in chunks:
@@ -87,7 +85,7 @@ async def reply(event: Event, history: list["Turn"]) -> Answer:
                 yield chunk.text
             if chunk.candidates and chunk.candidates[0].finish_reason not in (None, "STOP", "MAX_TOKENS"):
                 raise RuntimeError(f"Gemini ended with {chunk.candidates[0].finish_reason.name}")
-    finally:  # Closed at a yield, the SDK leaves its connection to the garbage collector; cancelled as it waits, it does not.
+    finally:  # closed at a yield, the SDK leaves the connection to the garbage collector; cancelled as it waits, it doesn't
         with suppress(Exception):
             async with asyncio.timeout(0):
                 [_ async for _ in chunks]
@@ -184,10 +182,10 @@ async def speak(request: web.Request, turn: Turn, turn_id: str, answer: Answer |
             await say({"type": "response.end"})
             turn.finished = True
     finally:
-        first_word, total = (1000 * (moment - times[0]) for moment in (times[len(times) > 1], time.monotonic()))
         outcome, level = (outcome, level) if turn.finished else ("interrupted", logging.INFO)
-        chunks = len(times) - 1 - turn.finished  # all but response.end
-        log.log(level, "%s %s first_word=%.0fms total=%.0fms chunks=%d", label, outcome, first_word, total, chunks)
+        ms = [1000 * (moment - times[0]) for moment in (times[len(times) > 1], time.monotonic())]
+        chunks = len(times) - 1 - turn.finished  # response.end is none
+        log.log(level, "%s %s first_word=%.0fms total=%.0fms chunks=%d", label, outcome, *ms, chunks)
     return response
 
 
@@ -246,11 +244,9 @@ async def agent(request: web.Request) -> web.StreamResponse:
 async def authorize(request: web.Request) -> web.Response:
     """Gets a browser its session key: Layercode's answer unchanged, while the API key stays here."""
     app, page = running.get(), parse(await request.read())
-    key, agent_id = app.settings["LAYERCODE_API_KEY"], text_of(page, "agent_id", "pipeline_id")
+    key, agent_id = text_of(app.settings, "LAYERCODE_API_KEY"), text_of(page, "agent_id", "pipeline_id")
     if not await may_authorize(request) or app.settings["LAYERCODE_AGENT_ID"] not in ("", agent_id):
         raise web.HTTPForbidden(reason="this visitor may not talk to this agent")
-    if not key:
-        raise web.HTTPInternalServerError(reason="LAYERCODE_API_KEY is not set")
     page |= {"agent_id": agent_id, "conversation_id": page.get("conversation_id") or page.get("session_id")}
     session = {name: page[name] for name in FORWARDED if page.get(name) is not None}
     post = {"json": session, "headers": {"Authorization": f"Bearer {key}"}, "allow_redirects": False}
@@ -325,11 +321,10 @@ async def chat(settings: dict[str, str], url: str = "") -> None:
         async with ClientSession() as http, http.post(url, data=body, headers=headers, raise_for_status=True) as answer:
             while not typed and (frame := await answer.content.readline()):
                 piece = json.loads(frame.removeprefix(b"data: ").strip() or "{}")
-                words = piece["content"] if piece.get("type") == "response.tts" else ""
+                words = {"response.tts": piece.get("content"), "response.end": "\n"}.get(piece.get("type"), "")
                 print(words, end="", flush=True)
                 heard += words
                 typed = sys.stdin.isatty() and bool(select.select([sys.stdin], [], [], 0)[0])
-        print()
         report = {"previous_turn_interrupted": typed, "words_heard": len(heard.split()), "text_heard": heard}
         report["assistant_turn_id"] = event["turn_id"]
         event = {"type": "message", "text": (line := sys.stdin.readline()).strip(), "interruption_context": report}
@@ -344,11 +339,10 @@ def main() -> None:
             return asyncio.new_event_loop().run_until_complete(chat(settings, *sys.argv[2:3]))
         log.setLevel(settings["LOG_LEVEL"])
         lacks = [f"{key} is not set: {hint}" for key, (_, _, hint) in VARIABLES.items() if hint and not settings[key]]
-        banner = "\n".join(
-            [f"Up: http://{settings['HOST']}:{settings['PORT']}", *lacks, "Next: npx @layercode/cli tunnel"]
-        )
-        address: Any = {"host": settings["HOST"], "port": int(settings["PORT"]), "print": lambda _: print(banner)}
-        web.run_app(make_app(settings), **address, handler_cancellation=True, shutdown_timeout=5, access_log=None)
+        banner = [f"Up: http://{settings['HOST']}:{settings['PORT']}", *lacks, "Next: npx @layercode/cli tunnel"]
+        at: Any = {"port": int(settings["PORT"]), "print": lambda _: print(*banner, sep="\n", flush=True)}
+        at |= {"host": settings["HOST"], "shutdown_timeout": 5}  # aiohttp waits twice that for replies in flight
+        web.run_app(make_app(settings), **at, handler_cancellation=True, access_log=None)
     except (KeyboardInterrupt, ValueError, OSError, ClientError) as error:
         sys.exit(0 if isinstance(error, KeyboardInterrupt) else f"agent.py: {str(error) or type(error).__name__}")
 

@@ -9,6 +9,7 @@ import gc
 import inspect
 import json
 import os
+import random
 import re
 import signal
 import sys
@@ -746,7 +747,7 @@ async def test_only_the_agent_of_the_settings_and_visitors_that_may_are_authoriz
 async def test_without_an_api_key_no_browser_is_authorized(start):
     caller = await start()
     async with ask(SimpleNamespace(http=caller.http, url=caller.url)) as response:
-        assert (response.status, response.reason) == (500, "LAYERCODE_API_KEY is not set")
+        assert (response.status, response.reason) == (400, "LAYERCODE_API_KEY is missing or not a text")
 
 
 async def test_health_checks_hear_that_it_is_up(caller):
@@ -811,3 +812,63 @@ async def test_importing_the_agent_does_nothing():
     code = "import sys, agent, threading; assert 'google.genai' not in sys.modules and threading.active_count() == 1"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, cwd=HERE, stdout=PIPE, stderr=PIPE)
     assert await process.communicate() == (b"", b"") and process.returncode == 0
+
+
+# ---- any history ------------------------------------------------------------------------------------------
+
+
+async def play(caller, gemini, dice):
+    """Plays one short history; returns what Gemini should be sent next, by a plain model of what was said and heard."""
+    turns, open_responses = [], []  # turns: [user, heard, finished, webhook]
+    for _ in range(dice.randrange(1, 7)):
+        what = dice.choice(
+            ["greeting", "message", "drop", "late drop", "duplicate", "running duplicate", "failure", "silence"]
+        )
+        fields, said = (
+            {"session_id": f"session_{dice.random()}"},
+            [f"{dice.choice(['So', 'Well'])}{n} " for n in range(3)],
+        )
+        if turns and dice.random() < 0.4:
+            heard = turns[-1][1][: dice.randrange(len(turns[-1][1]) + 1)]
+            fields |= report(turns[-1][3], heard)
+        event = caller.event("message", text=f"words {dice.random()}", **fields)
+        if what == "duplicate":
+            if turns and turns[-1][2]:
+                assert (await caller.send(turns[-1][3]))[0] == turns[-1][1]
+            continue
+        if "interruption_context" in fields:
+            turns[-1][1:3] = heard, False
+        if what == "greeting":
+            event = caller.event(dice.choice(["welcome", "session.start"]), **fields)
+            turns.append(["", (await caller.send(event))[0], True, event])
+        elif what == "silence":
+            turns.append(["", (await caller.send(event | {"text": ""}))[0], True, event])
+        elif what in ("message", "failure"):
+            gemini.scripts = [said + [CUT] * (what == "failure")]
+            turns.append([event["text"], (await caller.send(event))[0], True, event])
+            assert turns[-1][1] == "".join(said) + (" " + agent.APOLOGY) * (what == "failure")
+        else:
+            gemini.scripts = [[*said, STALL]]
+            response = await caller.post(event)
+            turns.append([event["text"], await caller.hear(response, said[-1]), False, event])
+            open_responses.append(response)
+            if what == "drop":
+                response.close()
+            if what == "running duplicate":
+                turns[-1][1:3] = (await caller.send(event))[0], True
+    await caller.say("And now?")
+    for response in open_responses:
+        response.close()
+    wanted = []
+    for user, heard, finished, _ in turns:
+        wanted.append(("user", user or "(The caller says nothing.)"))
+        wanted += [("model", heard + " [interrupted]" * (not finished))] * bool(heard)
+    return [*wanted, ("user", "And now?")]
+
+
+async def test_gemini_is_sent_what_was_said_and_heard_whatever_happened(caller, gemini):
+    seed = int(os.environ.get("SEED", time.time()))
+    for number in range(2000):
+        one = Layercode(caller.http, caller.url)
+        wanted = await play(one, gemini, random.Random(seed + number))
+        assert gemini.heard() == wanted, f"SEED={seed + number}"
