@@ -59,8 +59,7 @@ no Markdown, lists, emojis or symbols; spell out numbers, dates and units; use c
 sentences will do unless asked for more. [interrupted] marks where the caller stopped hearing you; never write it."""
 GREETING, WELCOME_BACK = "Hi there! How can I help you today?", "Welcome back! Where were we?"
 APOLOGY = "Sorry, I didn't get that. Could you say it again?"  # for what can't be understood, and what fails
-PATIENCE = 8.0  # seconds without a word from reply() before the caller hears APOLOGY
-AUTHORIZE_PATIENCE = 10.0  # seconds for Layercode to authorize a browser
+PATIENCE, AUTHORIZE_PATIENCE = 8.0, 10.0  # seconds: for reply()'s next word, or the caller hears APOLOGY; for Layercode
 RETRY = {"attempts": 2, "initial_delay": 0.25, "jitter": 0, "http_status_codes": [500, 502, 503, 504]}  # of Gemini, s
 TOLERANCE = 300  # seconds that a signature may be off, as in Layercode's Node SDK
 MAX_TURNS, MAX_CONVERSATIONS = 50, 10_000  # the last ones: sent to the model, kept in memory
@@ -71,18 +70,18 @@ async def reply(event: Event, history: list["Turn"]) -> Answer:
     """Yields the answer to history's last turn: a str is spoken, a dict sent as an event. event is the webhook."""
     app = running.get()
     if not app.gemini:  # the offline stand-in shows what the history holds
-        said = ". Before that: ".join(turn.user for turn in history[:-4:-1] if turn.user)
-        for word in f"I'm the offline stand-in. You said: {said}. Set GOOGLE_GENERATIVE_AI_API_KEY for Gemini.".split():
+        said = "' and before that '".join(turn.user for turn in history[:-4:-1] if turn.user)
+        for word in f"I'm the offline stand-in. You said '{said}'. Set GOOGLE_GENERATIVE_AI_API_KEY for Gemini".split():
             yield word + " "
             await asyncio.sleep(0.1)  # a pace at which a person at the terminal can interrupt
         return
-    config: Event = {"system_instruction": SYSTEM_PROMPT, "automatic_function_calling": {"disable": True}}
-    config["http_options"] = {"extra_body": {"contents": contents(history)}}  # as contents= they cost more each turn
-    chunks = await app.gemini.generate_content_stream(model=app.settings["GEMINI_MODEL"], contents="-", config=config)
+    raw = {"contents": contents(history), "systemInstruction": {"parts": [{"text": SYSTEM_PROMPT}]}}
+    config = {"http_options": {"extra_body": raw}, "automatic_function_calling": {"disable": True}}  # fills contents={}
+    chunks = await app.gemini.generate_content_stream(model=app.settings["GEMINI_MODEL"], contents={}, config=config)
     try:
         async for chunk in chunks:
-            if chunk.text:
-                yield chunk.text
+            if text := chunk.text:
+                yield text
             if chunk.candidates and chunk.candidates[0].finish_reason not in (None, "STOP", "MAX_TOKENS"):
                 raise RuntimeError(f"Gemini ended with {chunk.candidates[0].finish_reason.name}")
     finally:  # closed at a yield, the SDK leaves the connection to the garbage collector; cancelled as it waits, it doesn't
@@ -92,7 +91,7 @@ async def reply(event: Event, history: list["Turn"]) -> Answer:
 
 
 def contents(history: list["Turn"]) -> list[Event]:
-    """What Gemini is sent: user and model in turn, user first and last, and nothing unheard."""
+    """What Gemini is sent: user and model in turn, user first and last, nothing unheard; SDK objects would be slower."""
     said: list[Event] = [{"role": "user", "parts": []}]
     for turn in history:
         said[-1]["parts"].append({"text": turn.user or "(The caller says nothing.)"})

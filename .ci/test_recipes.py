@@ -1,0 +1,378 @@
+"""The recipes, each block taken out of README.md as it stands."""
+
+import ast
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from aiohttp import web
+
+import agent
+from test_agent import SECRET, STALL, Layercode, report
+
+pytestmark = pytest.mark.asyncio
+README, KEY = Path(agent.__file__).with_name("README.md"), {"GOOGLE_GENERATIVE_AI_API_KEY": "SECRET-KEY"}
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def recipe(name):
+    """The source of a block of README.md."""
+    return re.search(rf"```python\n(# recipe: {name}\n.*?)```", README.read_text(), re.S)[1]
+
+
+def module(source, name="recipe"):
+    made = types.ModuleType(name)
+    made.__file__, sys.modules[name] = agent.__file__, made  # dataclasses look there
+    exec(compile(source, name, "exec"), made.__dict__)
+    return made
+
+
+def pasted(name):
+    """A fresh agent.py with a block pasted over the function of the same name."""
+    block, lines = recipe(name), Path(agent.__file__).read_text().splitlines()
+    new = {node.name for node in ast.parse(block).body if isinstance(node, ast.AsyncFunctionDef)}
+    (old,) = [node for node in ast.parse("\n".join(lines)).body if getattr(node, "name", "") in new]
+    lines[old.lineno - 1 : old.end_lineno] = block.splitlines()
+    return module("\n".join(lines), "pasted")
+
+
+def frames_of(frames):
+    return [(frame["type"][9:], frame.get("content")) for frame in frames]
+
+
+def call(name, id="1", **args):
+    return {"functionCall": {"name": name, "args": args, "id": id}}
+
+
+@pytest_asyncio.fixture
+async def tools(start, gemini):
+    made = pasted("tools")
+    made.caller = await start(KEY, make_app=made.make_app)
+    return made
+
+
+def results(gemini):
+    """What the last request told of the tools."""
+    return [part["functionResponse"] for part in gemini.asked[-1]["contents"][-1]["parts"]]
+
+
+async def test_a_tool_is_declared_and_run_and_shown_and_its_signature_goes_back_byte_for_byte(tools, gemini):
+    signature = "8PHy8/T19vf4+fr7/P3+//Dx8vP09fb3+Pn6+/z9/v//"
+    called = call("current_time", timezone="UTC") | {"thoughtSignature": signature}
+    gemini.scripts = [["Let me ", "see.", [called]], ["It's noon."]]
+    spoken, frames = await tools.caller.send(tools.caller.event("message", text="What time is it?"))
+    assert spoken == "Let me see. It's noon."
+    states = [content for kind, content in frames_of(frames) if kind == "data"]
+    assert states == [{"tool": "current_time", "state": state} for state in ("running", "done")]
+    declared = gemini.asked[0]["tools"][0]["functionDeclarations"]
+    assert [tool["name"] for tool in declared] == ["current_time", "hang_up"]
+    assert "time zone" in declared[0]["description"] and "timezone" in json.dumps(declared[0])
+    assert gemini.asked[1]["contents"][1]["parts"] == [{"text": "Let me "}, {"text": "see."}, called]
+    assert results(gemini)[0]["name"] == "current_time" and "20" in results(gemini)[0]["response"]["output"]
+
+
+async def test_two_tools_run_side_by_side_and_a_sync_one_holds_up_nobody(tools, gemini):
+    loop, met = asyncio.get_running_loop(), asyncio.Barrier(2)
+    tools.TOOLS["sync"] = lambda: asyncio.run_coroutine_threadsafe(met.wait(), loop).result(5)
+    tools.TOOLS["sync"].__name__ = "sync"
+
+    async def other():
+        await met.wait()
+
+    tools.TOOLS["other"] = other
+    gemini.scripts = [[[call("sync", "1"), call("other", "2")]], ["Both."]]
+    assert await tools.caller.say("Do both") == "Both."
+    assert [(result["id"], "output" in result["response"]) for result in results(gemini)] == [("1", True), ("2", True)]
+
+
+async def test_what_goes_wrong_with_a_tool_is_told_to_the_model(tools, gemini):
+    tools.TOOL_PATIENCE = 0.01
+
+    async def stuck():
+        await asyncio.Event().wait()
+
+    tools.TOOLS["stuck"] = stuck
+    wrong = [
+        call("stuck"),
+        call("unknown"),
+        call("current_time", zone="UTC"),
+        call("current_time", timezone="No/Where"),
+    ]
+    gemini.scripts = [[wrong], ["Sorry, I can't."]]
+    spoken, frames = await tools.caller.send(tools.caller.event("message", text="Try"))
+    assert spoken == "Sorry, I can't." and str(frames).count("'failed'") == 4
+    errors = [result["response"]["error"].partition(":")[0] for result in results(gemini)]
+    assert errors == ["TimeoutError", "KeyError", "TypeError", "ZoneInfoNotFoundError"]
+
+
+async def test_after_five_rounds_the_model_has_to_speak(tools, gemini):
+    gemini.scripts = [[[call("current_time", timezone="UTC")]]] * 5 + [["Enough."]]
+    assert await tools.caller.say("Loop") == "Enough."
+    modes = [asked["toolConfig"]["functionCallingConfig"]["mode"] for asked in gemini.asked]
+    assert modes == ["AUTO"] * 5 + ["NONE"]
+    gemini.scripts = [[[call("current_time", timezone="UTC")]]] * 6
+    assert await tools.caller.say("Loop") == agent.APOLOGY
+
+
+async def test_a_barge_in_cancels_the_tool(tools, gemini):
+    cancelled = asyncio.Event()
+
+    async def slow():
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    tools.TOOLS["slow"] = slow
+    gemini.scripts = [["One moment.", [call("slow")]]]
+    event = tools.caller.event("message", text="Look it up")
+    async with tools.caller.post(event) as response:
+        while b"running" not in await response.content.readline():
+            pass
+        response.close()
+    async with asyncio.timeout(4):
+        await cancelled.wait()
+    assert await tools.caller.say("Never mind", **report(event, "One")) == "Sure, no problem."
+    assert ("model", "One [interrupted]") in gemini.heard()
+
+
+@pytest.mark.parametrize("scripts", [[["Goodbye!", [call("hang_up")]]], [[[call("hang_up")]], ["Goodbye!"]]])
+async def test_hanging_up_comes_after_the_last_words_and_nothing_more(tools, gemini, scripts):
+    gemini.scripts, asked = list(scripts), len(scripts)
+    spoken, frames = await tools.caller.send(tools.caller.event("message", text="Bye"))
+    assert spoken == "Goodbye!" and len(gemini.asked) == asked
+    assert [frame["type"] for frame in frames][-2:] == ["response.hangup", "response.end"]
+
+
+class Server:
+    """A real redis-server, started and stopped."""
+
+    def __init__(self, folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port, self.folder = free.getsockname()[1], folder
+
+    async def start(self):
+        quiet = {"cwd": self.folder, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(["redis-server", "--port", str(self.port), "--save", ""], **quiet)
+        while b"Ready to accept" not in (line := await asyncio.to_thread(self.process.stdout.readline)):
+            assert line, "redis-server ended"
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+@pytest_asyncio.fixture
+async def redis(tmp_path, monkeypatch):
+    pytest.importorskip("redis")
+    if not shutil.which("redis-server"):
+        pytest.skip("redis-server is not installed")
+    server = Server(tmp_path)
+    await server.start()
+    monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{server.port}")
+    yield server
+    server.stop()
+
+
+@pytest_asyncio.fixture
+async def pair(redis, gemini, aiohttp_server, monkeypatch):
+    """Two processes' worth of modules, and the one caller's ends of them."""
+    monkeypatch.setenv("LAYERCODE_WEBHOOK_SECRET", SECRET)
+    monkeypatch.setenv("GOOGLE_GENERATIVE_AI_API_KEY", "SECRET-KEY")
+    async with aiohttp.ClientSession() as http:
+        ends, name = [], f"conversation_{os.urandom(4).hex()}"
+        for which in "AB":
+            own = module(Path(agent.__file__).read_text(), f"agent_{which}")
+            monkeypatch.setitem(sys.modules, "agent", own)
+            served = module(recipe("redis"), f"serve_redis_{which}")
+            ends.append(Layercode(http, str((await aiohttp_server(served.app)).make_url("")).rstrip("/"), name))
+            ends[-1].served = served
+        yield ends
+
+
+async def test_a_conversation_that_alternates_between_two_processes_is_whole(pair, gemini):
+    await pair[0].send(pair[0].event("session.start"))
+    for number in range(6):
+        gemini.scripts = [[f"Answer {number}."]]
+        await pair[(number + 1) % 2].say(f"Question {number}")
+    lines = [("user", "(The caller says nothing.)"), ("model", agent.GREETING)]
+    for number in range(5):
+        lines += [("user", f"Question {number}"), ("model", f"Answer {number}.")]
+    assert gemini.heard() == [*lines, ("user", "Question 5")]
+    store = pair[0].served.histories.redis
+    assert 86000 < await store.ttl(f"conversation:{pair[0].conversation}") <= 86400
+
+
+async def test_a_barge_in_on_one_process_is_exact_on_the_other_and_no_late_save_undoes_it(pair, gemini):
+    one, other = pair
+    gemini.scripts = [["The first step ", "is flour. ", STALL]]
+    event = one.event("message", text="How do I bake?")
+    async with one.post(event) as response:
+        await one.hear(response, "is flour. ")  # and the connection stays: the first process still speaks
+        assert await other.say("Cake!", **report(event, "The first")) == "Sure, no problem."
+        response.close()
+    await gemini.until(streams=0)
+    async with asyncio.timeout(5):
+        while "is flour" not in str(await one.served.histories.redis.hgetall(f"conversation:{one.conversation}")):
+            await asyncio.sleep(0)  # until the late save is there
+    expected = [("user", "How do I bake?"), ("model", "The first [interrupted]"), ("user", "Cake!")]
+    assert gemini.heard() == expected
+    for end in (one, other):
+        await end.say("And then?")
+        assert gemini.heard()[:3] == expected
+
+
+async def test_after_a_kill_in_mid_reply_the_other_process_has_the_callers_words(pair, gemini, tmp_path):
+    (tmp_path / "serve_redis.py").write_text(recipe("redis"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"PORT": str(port), "PYTHONPATH": str(Path(agent.__file__).parent), "PYTHONUNBUFFERED": "1"}
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "env": env}
+    process = subprocess.Popen([sys.executable, tmp_path / "serve_redis.py"], **out)
+    try:
+        while b"Running on" not in (line := await asyncio.to_thread(process.stdout.readline)):
+            assert line, "serve_redis.py ended"
+        doomed = Layercode(pair[0].http, f"http://127.0.0.1:{port}", pair[0].conversation)
+        gemini.scripts = [["Well, ", STALL]]
+        async with doomed.post(doomed.event("message", text="My name is Ada.")) as response:
+            await doomed.hear(response, "Well, ")
+            process.kill()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    await pair[1].say("Who am I?")
+    assert gemini.heard() == [("user", "My name is Ada."), ("user", "Who am I?")]
+
+
+async def test_without_redis_the_call_goes_on_and_what_was_missed_is_written_later(pair, gemini, redis, caplog):
+    await pair[0].say("One")
+    redis.stop()
+    assert [await pair[0].say("Two"), await pair[0].say("Three")] == ["Sure, no problem."] * 2
+    assert ("user", "One") in gemini.heard() and caplog.text.count("without Redis") == 1
+    await redis.start()
+    for end in pair:
+        end.served.histories.paused_until = min(end.served.histories.paused_until, 1)  # as if PAUSE were over
+    await pair[0].say("Four")
+    await pair[1].say("Five")
+    assert [text for role, text in gemini.heard() if role == "user"] == ["Two", "Three", "Four", "Five"]
+
+
+async def test_another_model_streams_from_an_openai_compatible_server(start, aiohttp_server):
+    made, asked, endings = pasted("another model"), [], [b"data: [DONE]\n\n", b""]
+
+    async def complete(request):
+        asked.append((request.headers["Authorization"], await request.json()))
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for delta in ({"role": "assistant"}, {"content": "Sure, "}, {"content": "no problem."}):
+            line = json.dumps({"choices": [{"delta": delta, "finish_reason": None}]})
+            await response.write(f": a comment\n\ndata: {line}\n\n".encode())
+        await response.write(endings.pop(0))
+        return response
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", complete)
+    url = str((await aiohttp_server(app)).make_url("/v1"))
+    settings = {name: default for name, (default, *_) in made.VARIABLES.items()} | {"LAYERCODE_WEBHOOK_SECRET": SECRET}
+    settings |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "a key", "OPENAI_MODEL": "small"}
+    caller = await start(settings, make_app=made.make_app)
+    assert await caller.say("Hi") == "Sure, no problem."
+    assert await caller.say("Again") == "Sure, no problem. " + agent.APOLOGY  # it broke off
+    roles = [(said["role"], said["content"]) for said in asked[1][1]["messages"][1:]]
+    assert roles == [("user", "Hi"), ("assistant", "Sure, no problem."), ("user", "Again")]
+    assert asked[0][0] == "Bearer a key" and asked[0][1]["stream"] and asked[0][1]["model"] == "small"
+
+
+async def test_only_who_has_logged_in_is_authorized(start, aiohttp_server):
+    made, layercode = pasted("log-in"), web.Application()
+
+    async def authorized(request):
+        return web.json_response({"client_session_key": "a session"})
+
+    layercode.router.add_post("/v1/agents/web/authorize_session", authorized)
+    url = str((await aiohttp_server(layercode)).make_url("")).rstrip("/")
+    settings = {"LAYERCODE_API_KEY": "API-KEY", "LAYERCODE_API_URL": url, "LOGIN_SECRET": "login"}
+    caller, token = await start(settings, make_app=made.make_app), made.make_token("ada", "login")
+    expired, foreign = made.make_token("ada", "login", -1), made.make_token("ada", "another secret")
+    later = re.sub(r"[0-9]+", lambda expiry: str(int(expiry[0]) + 9), token, count=1)
+    for header in (
+        "",
+        "Bearer",
+        "Bearer x",
+        f"Bearer {expired}",
+        f"Bearer {foreign}",
+        f"Bearer {later}",
+        f"Basic {token}",
+    ):
+        headers = {"Authorization": header}
+        async with caller.http.post(caller.url + "/authorize", json={"agent_id": "a"}, headers=headers) as response:
+            assert response.status == 403, header
+    headers = {"Authorization": f"Bearer {token}"}
+    async with caller.http.post(caller.url + "/authorize", json={"agent_id": "a"}, headers=headers) as response:
+        assert (response.status, await response.json()) == (200, {"client_session_key": "a session"})
+
+
+async def test_mounted_in_an_app_the_agent_answers_beside_its_routes_and_notices_a_barge_in(
+    gemini, aiohttp_server, monkeypatch
+):
+    monkeypatch.setenv("LAYERCODE_WEBHOOK_SECRET", SECRET)
+    monkeypatch.setenv("GOOGLE_GENERATIVE_AI_API_KEY", "SECRET-KEY")
+    parent = module(recipe("mount")).parent
+
+    async def home(request):
+        return web.Response(text="A route of yours.")
+
+    parent.router.add_get("/", home)
+    server = await aiohttp_server(parent)
+    async with aiohttp.ClientSession() as http:
+        caller, origin = Layercode(http, str(server.make_url("/voice"))), {"Origin": "http://localhost:5173"}
+        gemini.scripts = [["Well, ", STALL]]
+        await caller.barge_in("Hello", after="Well, ")
+        await gemini.until(streams=0)
+        assert await caller.say("Hello again") == "Sure, no problem."
+        async with http.get(server.make_url("/")) as response:
+            assert await response.text() == "A route of yours."
+        async with http.options(server.make_url("/voice/authorize"), headers=origin) as response:
+            assert response.headers["Access-Control-Allow-Origin"] == origin["Origin"]
+
+
+async def test_transcripts_are_kept_once_if_they_are_signed(gemini, aiohttp_server, monkeypatch, tmp_path):
+    monkeypatch.setenv("LAYERCODE_WEBHOOK_SECRET", SECRET)
+    monkeypatch.chdir(tmp_path)
+    server = await aiohttp_server(module(recipe("transcripts")).app)
+    async with aiohttp.ClientSession() as http:
+        caller = Layercode(http, str(server.make_url("")).rstrip("/"))
+        end = caller.event("session.end", transcript=[{"role": "user", "text": "Hé \ud800"}], duration=1000)
+        update = caller.event("session.update", recording_status="completed", recording_url="https://x/y")
+        for event, signature, status in [
+            (end, None, 200),
+            (end, None, 200),
+            (update, None, 200),
+            (end, "t=1,v1=0", 401),
+        ]:
+            async with caller.post(event, signature=signature) as response:
+                assert response.status == status
+        await caller.say("Hello")
+    with contextlib.closing(sqlite3.connect("calls.sqlite")) as database:
+        kept = database.execute("SELECT conversation, event FROM calls ORDER BY rowid").fetchall()
+    assert [conversation for conversation, _ in kept] == [caller.conversation] * 2
+    assert json.loads(kept[0][1])["transcript"][0]["text"] == "Hé ?" and "https://x/y" in kept[1][1]
