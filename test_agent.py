@@ -196,9 +196,7 @@ async def test_a_webhook_is_verified_as_it_was_sent_and_not_as_parsed_and_writte
             assert response.status == 200
 
 @pytest.mark.parametrize("path", ["/agent", "/api/agent"])
-@pytest.mark.parametrize(
-    "signature", ["", "nonsense", "t=1,v1=00", "t=,v1=", "stale", "future", "other", "v0", "\u00e9"]
-)
+@pytest.mark.parametrize("signature", ["", "nonsense", "t=1,v1=00", "t=,v1=", "stale", "future", "other", "v0", "\u00e9"])
 async def test_a_webhook_without_a_right_signature_is_refused(caller, gemini, signature, path):
     body, now = b'{"type": "message"}', time.time()
     special = {
@@ -223,18 +221,8 @@ async def test_without_a_webhook_secret_nothing_is_accepted(start):
         assert response.status == 500
         assert "LAYERCODE_WEBHOOK_SECRET" in (await response.json())["error"]
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("type", None),
-        ("type", 5),
-        ("conversation_id", ["x"]),
-        ("turn_id", None),
-        ("turn_id", {}),
-        ("text", 5),
-        ("text", ["x"]),
-    ],
-)
+@pytest.mark.parametrize("value", [5, ["x"], {"x": 1}])
+@pytest.mark.parametrize("field", ["type", "conversation_id", "turn_id", "text"])
 async def test_the_error_names_the_field_that_is_not_as_it_should_be(caller, field, value):
     async with caller.post(caller.event("message", text="hello") | {field: value}) as response:
         assert response.status == 400
@@ -347,10 +335,9 @@ async def test_what_was_heard_overrules_what_was_sent_even_if_that_is_nothing(ca
     await caller.say("two", **report(event, ""))
     assert gemini.heard() == [("user", "one"), ("user", "two")]
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"assistant_turn_id": "unknown"}, {"text_heard": None}, {"text_heard": 5}, {"previous_turn_interrupted": False}],
-)
+WRONG = {"assistant_turn_id": "unknown"}, {"text_heard": None}, {"text_heard": 5}, {"previous_turn_interrupted": False}
+
+@pytest.mark.parametrize("wrong", WRONG)
 async def test_a_report_about_nothing_known_changes_nothing(caller, gemini, wrong):
     event = caller.event("message", text="one")
     await caller.send(event)
@@ -399,9 +386,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("spoken", ["", "Well, "])
 @pytest.mark.parametrize("cause", FAILURES)
-async def test_when_gemini_fails_the_caller_hears_an_apology_and_the_log_the_cause(
-    caller, gemini, monkeypatch, caplog, cause, spoken
-):
+async def test_when_gemini_fails_an_apology_is_heard_and_the_cause_logged(caller, gemini, monkeypatch, caplog, cause, spoken):
     script = FAILURES[cause]
     if spoken and script and not isinstance(script[0], int):
         script = [spoken, *script]
@@ -485,13 +470,10 @@ async def test_the_log_has_a_line_a_turn_and_neither_words_nor_secrets(caller, g
     assert "Traceback" not in caplog.text and "in reply" in caplog.text  # the stack, at DEBUG
     assert not [secret for secret in ("heard words", "spoken words", "SECRET-KEY", SECRET) if secret in caplog.text]
 
-async def run(*arguments, keys=None, input=b"", **settings):
-    """Runs agent.py in a process of its own; gives it, with what it printed up to its first line's end."""
-    environment = {k: v for k, v in os.environ.items() if k not in agent.VARIABLES} | (keys or {}) | settings
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, agent.__file__, *arguments, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment
-    )
-    return process
+async def run(*arguments, stdin=PIPE, **settings):
+    """Runs agent.py in a process of its own, with these settings and no others, whatever .env says."""
+    command, env = [sys.executable, agent.__file__, *arguments], os.environ | dict.fromkeys(agent.VARIABLES, "") | settings
+    return await asyncio.create_subprocess_exec(*command, stdin=stdin, stdout=PIPE, stderr=PIPE, env=env)
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 async def test_when_it_is_stopped_replies_in_flight_finish(gemini, unused_tcp_port, how):
@@ -558,9 +540,7 @@ async def test_the_example_of_dotenv_lists_every_setting():
 @pytest_asyncio.fixture
 async def layercode_api(aiohttp_server, start):
     """Layercode's REST API, which answers what it is told; gives it with an agent that uses it."""
-    api = SimpleNamespace(
-        asked=[], status=200, answer={"client_session_key": "k", "conversation_id": "c", "config": {}}
-    )
+    api = SimpleNamespace(asked=[], status=200, answer={"client_session_key": "k", "conversation_id": "c", "config": {}})
 
     async def authorize_session(request):
         api.asked.append((request.headers["Authorization"], await request.json()))
@@ -607,19 +587,15 @@ async def test_a_visitor_cannot_set_more_than_four_fields(layercode_api):
         assert response.status == 200
     assert [asked for _, asked in layercode_api.asked] == [page, {"agent_id": "a", "conversation_id": "c"}]
 
-@pytest.mark.parametrize(
-    ("upstream", "status", "reason"),
-    [(400, 400, "bad key: ***"), (402, 402, "bad key: ***"), (401, 502, "Layercode answered 401"), (500, 502, "Layercode answered 500")],
-)  # fmt: skip
-async def test_the_page_learns_why_there_is_no_session_but_not_the_key(layercode_api, upstream, status, reason):
+@pytest.mark.parametrize(("upstream", "status"), [(400, 400), (402, 402), (401, 502), (500, 502)])
+async def test_the_page_learns_why_there_is_no_session_but_not_the_key(layercode_api, upstream, status):
+    reason = "bad key: ***" if status == upstream else f"Layercode answered {upstream}"
     layercode_api.status, layercode_api.answer = upstream, {"error": "bad\nkey: API-KEY"}
     async with ask(layercode_api) as response:
         assert (response.status, response.reason) == (status, reason)
         assert "API-KEY" not in await response.text() and "error" in await response.json()
 
-async def test_a_layercode_that_does_not_answer_is_a_504_and_one_that_is_away_a_502(
-    layercode_api, start, monkeypatch, unused_tcp_port
-):
+async def test_a_silent_layercode_is_a_504_and_one_that_is_away_a_502(layercode_api, start, monkeypatch, unused_tcp_port):
     monkeypatch.setattr(agent, "AUTHORIZE_PATIENCE", 0.1)
     layercode_api.status = STALL
     async with ask(layercode_api) as response:
@@ -672,10 +648,8 @@ async def test_the_terminal_chat_checks_a_webhook_elsewhere(caller):
     good = await run("chat", caller.url + "/agent", LAYERCODE_WEBHOOK_SECRET=SECRET)
     said, _ = await good.communicate(b"hello\n")
     assert (said.decode().splitlines()[:2], good.returncode) == ([agent.GREETING, "Sure, no problem."], 0)
-    for url, secret, why in (
-        (caller.url + "/agent", "wrong", b"LAYERCODE_WEBHOOK_SECRET"),
-        ("http://127.0.0.1:9/", SECRET, b"connect"),
-    ):
+    wrong = (caller.url + "/agent", "wrong", b"LAYERCODE_WEBHOOK_SECRET"), ("http://127.0.0.1:9/", SECRET, b"connect")
+    for url, secret, why in wrong:
         process = await run("chat", url, LAYERCODE_WEBHOOK_SECRET=secret)
         said, wrong = await process.communicate(b"hello\n")
         assert process.returncode == 1 and why in wrong and b"Traceback" not in wrong
@@ -683,9 +657,7 @@ async def test_the_terminal_chat_checks_a_webhook_elsewhere(caller):
 async def test_a_line_typed_while_the_agent_speaks_is_a_barge_in(caller, gemini):
     gemini.scripts = [["Once ", *["and again "] * 10_000, STALL]]
     terminal, end = os.openpty()
-    keys = {"LAYERCODE_WEBHOOK_SECRET": SECRET}
-    command = [sys.executable, agent.__file__, "chat", caller.url + "/agent"]
-    process = await asyncio.create_subprocess_exec(*command, stdin=end, stdout=PIPE, env=os.environ | keys)
+    process = await run("chat", caller.url + "/agent", stdin=end, LAYERCODE_WEBHOOK_SECRET=SECRET)
     await process.stdout.readline()
     os.write(terminal, b"Tell me a story.\n")
     await process.stdout.readuntil(b"Once ")
@@ -706,13 +678,8 @@ async def play(caller, gemini, dice):
     """Plays one short history; returns what Gemini should be sent next, by a plain model of what was said and heard."""
     turns, open_responses = [], []  # turns: [user, heard, finished, webhook]
     for _ in range(dice.randrange(1, 7)):
-        what = dice.choice(
-            ["greeting", "message", "drop", "late drop", "duplicate", "running duplicate", "failure", "silence"]
-        )
-        fields, said = (
-            {"session_id": f"session_{dice.random()}"},
-            [f"{dice.choice(['So', 'Well'])}{n} " for n in range(3)],
-        )
+        what = dice.choice(["greeting", "message", "drop", "late drop", "duplicate", "running duplicate", "failure", "silence"])
+        fields, said = {"session_id": f"session_{dice.random()}"}, [f"{dice.choice(['So', 'Well'])}{n} " for n in range(3)]
         if turns and dice.random() < 0.4:
             heard = turns[-1][1][: dice.randrange(len(turns[-1][1]) + 1)]
             fields |= report(turns[-1][3], heard)
