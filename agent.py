@@ -35,7 +35,7 @@ VARIABLES = {  # name: default, what can be right, what is missing without it
     "LAYERCODE_AGENT_ID": ("", ".*", ""),  # if set, the only agent that browsers are authorized for
     "ALLOWED_ORIGINS": ("*://localhost,*://localhost:*,*://127.0.0.1,*://127.0.0.1:*", r"(\S+://[^\s,/]+[\s,]*)+", ""),
     "HOST": ("127.0.0.1", r"\S+", ""),
-    "PORT": ("3000", "[0-9]{1,5}", ""),
+    "PORT": ("3000", r"[0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]", ""),
     "LAYERCODE_API_URL": ("https://api.layercode.com", r"https?://[^\s/]+", ""),
     "LOG_LEVEL": ("INFO", "DEBUG|INFO|WARNING|ERROR", ""),
 }

@@ -502,7 +502,7 @@ async def test_killed_outright_the_next_start_works_at_once(unused_tcp_port):
         await process.wait()
 
 # ---- settings -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("wrong", ["PORT=abc", "LOG_LEVEL=loud", "LAYERCODE_API_URL=layercode", "ALLOWED_ORIGINS=*"])
+@pytest.mark.parametrize("wrong", ["PORT=abc", "PORT=65536", "LOG_LEVEL=loud", "LAYERCODE_API_URL=layercode", "ALLOWED_ORIGINS=*"])
 async def test_a_setting_that_cannot_be_right_ends_the_start_with_one_clear_line(wrong):
     process = await run(**dict([wrong.split("=")]))
     _, said = await process.communicate()
@@ -630,8 +630,9 @@ async def test_health_checks_hear_that_it_is_up(caller):
 # ---- connections --------------------------------------------------------------------------------------------
 async def test_a_call_needs_one_connection_to_gemini_and_the_greeting_opens_it(caller, gemini):
     await caller.send(caller.event("session.start"))
-    while not gemini.connections:
-        await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        while not gemini.connections:
+            await asyncio.sleep(0)
     for _ in range(5):
         await caller.say("hello")
     assert len(gemini.connections) == 1
