@@ -280,7 +280,7 @@ def make_app(settings: dict[str, str] | None = None, reply: Any = reply, histori
             if request.method != "OPTIONS" and request.path != "/":
                 response = await handler(request)
         except web.HTTPException as error:
-            log.warning("%s %.60r from %r: %d %s", request.method, request.path, origin, error.status, error.reason)
+            log.warning("%s %.60r from %.60r: %d %s", request.method, request.path, origin, error.status, error.reason)
             response = web.json_response({"error": error.reason}, status=error.status, reason=error.reason)
         if known:
             response.headers.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})

@@ -231,6 +231,8 @@ async def test_the_error_names_the_field_that_is_not_as_it_should_be(caller, fie
 async def test_a_message_without_a_text_is_an_error_and_one_with_an_empty_text_is_not(caller, gemini):
     async with caller.post(caller.event("message")) as response:
         assert (response.status, await response.json()) == (400, {"error": "text is missing or not a text"})
+    async with caller.post(caller.event("message", text="hello") | {"turn_id": None}) as response:
+        assert (response.status, await response.json()) == (400, {"error": "turn_id is missing or not a text"})
     assert [await caller.say(text) for text in ("", None, "  ")] == [agent.APOLOGY] * 3
     assert not gemini.asked
 
@@ -492,7 +494,8 @@ async def test_when_it_is_stopped_replies_in_flight_finish(gemini, unused_tcp_po
                     await Layercode(http, caller.url).say("no new webhooks")
             more.set()
             assert "a time." in await response.text()
-    assert (await process.communicate(), process.returncode)[1] == 0
+    _, said = await process.communicate()
+    assert (process.returncode, b"Traceback" in said) == (0, False)
 
 async def test_killed_outright_the_next_start_works_at_once(unused_tcp_port):
     for _ in range(2):
