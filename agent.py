@@ -24,7 +24,7 @@ log = logging.getLogger("agent")
 Event = dict[str, Any]  # a webhook, or one event of the answer
 Answer = AsyncGenerator[str | Event, None]  # words to speak and events to send, as they come
 running: ContextVar[SimpleNamespace] = ContextVar("running")  # the app at work: see make_app()
-answering = WeakValueDictionary[str, asyncio.Task[Any]]()  # the task that speaks in a conversation
+answering = WeakValueDictionary[str, asyncio.Task[Any]]()  # in a conversation, the task that speaks; gone when it ends
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 VARIABLES = {  # name: default, what can be right, what is missing without it
@@ -59,7 +59,7 @@ no Markdown, lists, emojis or symbols; spell out numbers, dates and units; use c
 sentences will do unless asked for more. [interrupted] marks where the caller stopped hearing you; never write it."""
 GREETING, WELCOME_BACK = "Hi there! How can I help you today?", "Welcome back! Where were we?"
 APOLOGY = "Sorry, I didn't get that. Could you say it again?"  # for what can't be understood, and what fails
-PATIENCE, AUTHORIZE_PATIENCE = 8.0, 10.0  # seconds: for reply()'s next word, or the caller hears APOLOGY; for Layercode
+PATIENCE, AUTHORIZE_PATIENCE = 8.0, 10.0  # seconds to wait: for reply()'s next word, then for Layercode's REST API
 RETRY = {"attempts": 2, "initial_delay": 0.25, "jitter": 0, "http_status_codes": [500, 502, 503, 504]}  # of Gemini, s
 TOLERANCE = 300  # seconds that a signature may be off, as in Layercode's Node SDK
 MAX_TURNS, MAX_CONVERSATIONS = 50, 10_000  # the last ones: sent to the model, kept in memory
@@ -69,7 +69,7 @@ FORWARDED = "agent_id", "conversation_id", "metadata", "sdk_version"  # "config"
 async def reply(event: Event, history: list["Turn"]) -> Answer:
     """Yields the answer to history's last turn: a str is spoken, a dict sent as an event. event is the webhook."""
     app = running.get()
-    if not app.gemini:  # the offline stand-in shows what the history holds
+    if not app.gemini:  # the offline stand-in, which says the history's last three turns, newest first
         said = "' and before that '".join(turn.user for turn in history[:-4:-1] if turn.user)
         for word in f"I'm the offline stand-in. You said '{said}'. Set GOOGLE_GENERATIVE_AI_API_KEY for Gemini".split():
             yield word + " "
@@ -84,7 +84,7 @@ async def reply(event: Event, history: list["Turn"]) -> Answer:
                 yield text
             if chunk.candidates and chunk.candidates[0].finish_reason not in (None, "STOP", "MAX_TOKENS"):
                 raise RuntimeError(f"Gemini ended with {chunk.candidates[0].finish_reason.name}")
-    finally:  # closed at a yield, the SDK leaves the connection to the garbage collector; cancelled as it waits, it doesn't
+    finally:  # cancelled as it reads, the SDK frees its connection; closed at a yield, only the garbage collector does
         with suppress(Exception):
             async with asyncio.timeout(0):
                 [_ async for _ in chunks]
@@ -121,7 +121,7 @@ class Histories(dict[str, dict[str, Turn]]):
 
     async def load(self, conversation: str) -> dict[str, Turn]:
         """The conversation's turns by turn_id, in order; empty if it is new."""
-        turns = self.pop(conversation, {})
+        turns = self.pop(conversation, {})  # to be put back as the last, the most recently used
         if len(self) >= MAX_CONVERSATIONS:
             self.pop(next((name for name in self if name not in answering), ""), None)
         return self.setdefault(conversation, turns)
@@ -161,7 +161,7 @@ async def speak(request: web.Request, turn: Turn, turn_id: str, answer: Answer |
         times.append(time.monotonic())
 
     try:
-        with suppress(ConnectionResetError):  # when the caller hangs up while words are being written
+        with suppress(ConnectionResetError):  # the caller hung up: APOLOGY can't be written either
             await response.prepare(request)
             try:
                 if isinstance(answer, str):
@@ -214,14 +214,14 @@ async def agent(request: web.Request) -> web.StreamResponse:
     kind, conversation = text_of(event, "type"), text_of(event, "conversation_id", "session_id")
     if kind not in ("message", "welcome") and (kind != "session.start" or event.get("turn_id") is None):
         return web.json_response({})
-    turn_id, text = text_of(event, "turn_id"), {"text": event.get("text", ...) or " "}  # an empty text is no error
+    turn_id, text = text_of(event, "turn_id"), {"text": event.get("text", ...) or " "}  # missing is wrong, empty is not
     said = text_of(text, "text").strip() if kind == "message" else ""
     turns, label = await app.histories.load(conversation), f"conversation={conversation!r} turn={turn_id!r}"
     turn = turns.setdefault(turn_id, Turn())
-    if turn.finished or turn_id != list(turns)[-1]:  # delivered twice: the same words again, and nothing changes
+    if turn.finished or turn_id != list(turns)[-1]:  # delivered again: the same words, nothing changes
         return await speak(request, Turn(), turn_id, turn.assistant, label + " again")
     if conversation in answering:
-        answering[conversation].cancel()  # its connection may have dropped unseen, behind a tunnel
+        answering[conversation].cancel()  # an earlier turn, its hang-up unseen behind a tunnel, or this one, sent again
     answering[conversation] = asyncio.current_task()  # type: ignore[assignment]
     match event.get("interruption_context"):
         case {"previous_turn_interrupted": True, "assistant_turn_id": str(at), "text_heard": str(heard)} if at in turns:
@@ -252,7 +252,7 @@ async def authorize(request: web.Request) -> web.Response:
     url = app.settings["LAYERCODE_API_URL"] + "/v1/agents/web/authorize_session"
     try:
         async with asyncio.timeout(AUTHORIZE_PATIENCE), app.http.post(url, **post) as upstream:
-            status, answer = upstream.status, await upstream.text()
+            status, answer = upstream.status, await upstream.text(errors="replace")
     except (TimeoutError, ClientError) as error:
         gone = web.HTTPGatewayTimeout if isinstance(error, TimeoutError) else web.HTTPBadGateway
         raise gone(reason=f"no answer from Layercode: {type(error).__name__}") from None
@@ -323,7 +323,7 @@ async def chat(settings: dict[str, str], url: str = "") -> None:
                 words = {"response.tts": piece.get("content"), "response.end": "\n"}.get(piece.get("type"), "")
                 print(words, end="", flush=True)
                 heard += words
-                typed = sys.stdin.isatty() and bool(select.select([sys.stdin], [], [], 0)[0])
+                typed = os.name == "posix" and sys.stdin.isatty() and bool(select.select([sys.stdin], [], [], 0)[0])
         report = {"previous_turn_interrupted": typed, "words_heard": len(heard.split()), "text_heard": heard}
         report["assistant_turn_id"] = event["turn_id"]
         event = {"type": "message", "text": (line := sys.stdin.readline()).strip(), "interruption_context": report}
