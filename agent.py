@@ -252,14 +252,14 @@ async def authorize(request: web.Request) -> web.Response:
     url = app.settings["LAYERCODE_API_URL"] + "/v1/agents/web/authorize_session"
     try:
         async with asyncio.timeout(AUTHORIZE_PATIENCE), app.http.post(url, **post) as upstream:
-            status, answer = upstream.status, await upstream.text(errors="replace")
+            status, answer = upstream.status, (await upstream.text(errors="replace")).replace(key, "***")
     except (TimeoutError, ClientError) as error:
         gone = web.HTTPGatewayTimeout if isinstance(error, TimeoutError) else web.HTTPBadGateway
         raise gone(reason=f"no answer from Layercode: {type(error).__name__}") from None
     if status not in (200, 400, 402):
         raise web.HTTPBadGateway(reason=f"Layercode answered {status}")
-    reason = re.sub(r"[^ -~]+", " ", str(parse(answer.encode()).get("error", "OK")).replace(key, "***"))[:200]
-    return web.Response(text=answer.replace(key, "***"), status=status, reason=reason, content_type="application/json")
+    reason = "OK" if status == 200 else re.sub("[^ -~]+", " ", str(parse(answer.encode()).get("error")))[:200]
+    return web.Response(text=answer, status=status, reason=reason, content_type="application/json")
 
 
 # ---- the app ---------------------------------------------------------------------------------------------------------
