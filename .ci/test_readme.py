@@ -44,7 +44,10 @@ async def test_the_example_of_reply_speaks_and_sends_an_event(start):
 async def test_barge_in_works_through_nginx(caller, gemini, tmp_path, unused_tcp_port_factory):
     port = unused_tcp_port_factory()
     location = block("nginx", "location / {").replace("http://127.0.0.1:3000", caller.url)
-    server = f"server {{ listen 127.0.0.1:{port}; {location} }}"
+    upstream, directives = block("nginx", "upstream agents").splitlines()
+    directives = directives.partition("location: ")[2].replace("http://agents", caller.url)
+    location = location.replace("}", re.sub(r"proxy_(pass|buffering) \S+;", "", directives) + "}")
+    server = f"{upstream} server {{ listen 127.0.0.1:{port}; {location} }}"
     config = f"daemon off; pid {tmp_path}/pid; error_log stderr; events {{}} http {{ access_log off; {server} }}"
     (tmp_path / "nginx.conf").write_text(config)
     nginx = await asyncio.create_subprocess_exec("nginx", "-p", tmp_path, "-c", tmp_path / "nginx.conf")
