@@ -8,23 +8,19 @@ python agent.py chat        talk to the agent in the terminal; needs no key
 python agent.py chat URL    the same with an agent elsewhere, by the URL of its webhook
 """
 
-import asyncio, hashlib, hmac, json, logging, os, re, select, sys, time, traceback
+import asyncio, contextvars, fnmatch, hashlib, hmac, json, logging, os
+import pathlib, re, select, sys, time, traceback, types, weakref
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from contextvars import ContextVar
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakValueDictionary
 from aiohttp import ClientError, ClientSession, TCPConnector, web
 
 log = logging.getLogger("agent")
 Event = dict[str, Any]  # a webhook, or one event of the answer
 Answer = AsyncGenerator[str | Event, None]  # words to speak and events to send, as they come
-running: ContextVar[SimpleNamespace] = ContextVar("running")  # the app at work: see make_app()
-answering = WeakValueDictionary[str, asyncio.Task[Any]]()  # in a conversation, the task that speaks; gone when it ends
+running = contextvars.ContextVar[Any]("running")  # the app at work: see make_app()
+answering: Any = weakref.WeakValueDictionary()  # in a conversation, the task that speaks; gone when it ends
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 VARIABLES = {  # name: default, what can be right, what is missing without it
@@ -44,7 +40,7 @@ DOTENV = r"""(?m)^\s*(?:export\s+)?(\w+)[ \t]*=[ \t]*(?:'(.*?)'|"((?:\\.|[^"\\])
 
 def load_settings() -> dict[str, str]:
     """VARIABLES from the environment, else .env, else the default. Raises ValueError naming what cannot be right."""
-    file = Path(__file__).with_name(".env")
+    file = pathlib.Path(__file__).with_name(".env")
     lines = re.findall(DOTENV, file.read_text("utf-8-sig")) if file.exists() else []
     given = {key: single or re.sub(r"\\(.)", r"\1", double) or bare for key, single, double, bare in lines} | os.environ
     settings = {name: given.get(name, "").strip() or default for name, (default, _, _) in VARIABLES.items()}
@@ -54,8 +50,8 @@ def load_settings() -> dict[str, str]:
 
 
 # ---- the agent: make it yours ----------------------------------------------------------------------------------------
-SYSTEM_PROMPT = """You are a friendly voice assistant on a call. Your words are read aloud: write plain spoken sentences,
-no Markdown, lists, emojis or symbols; spell out numbers, dates and units; use contractions; always punctuate. One or two
+SYSTEM_PROMPT = """You're a friendly voice assistant on a call. Your words are read aloud: write plain spoken sentences,
+no Markdown, lists, emoji or symbols; spell out numbers, dates and units; use contractions; always punctuate. One or two
 sentences will do unless asked for more. [interrupted] marks where the caller stopped hearing you; never write it."""
 GREETING, WELCOME_BACK = "Hi there! How can I help you today?", "Welcome back! Where were we?"
 APOLOGY = "Sorry, I didn't get that. Could you say it again?"  # for what can't be understood, and what fails
@@ -68,20 +64,26 @@ FORWARDED = "agent_id", "conversation_id", "metadata", "sdk_version"  # "config"
 
 async def reply(event: Event, history: list["Turn"]) -> Answer:
     """Yields the answer to history's last turn: a str is spoken, a dict sent as an event. event is the webhook."""
-    app = running.get()
-    if not app.gemini:  # the offline stand-in, which says the history's last three turns, newest first
+    if not running.get().gemini:  # the offline stand-in, which says the history's last three turns, newest first
         said = "' and before that '".join(turn.user for turn in history[:-4:-1] if turn.user)
         for word in f"I'm the offline stand-in. You said '{said}'. Set GOOGLE_GENERATIVE_AI_API_KEY for Gemini".split():
             yield word + " "
             await asyncio.sleep(0.1)  # a pace at which a person at the terminal can interrupt
         return
-    raw = {"contents": contents(history), "systemInstruction": {"parts": [{"text": SYSTEM_PROMPT}]}}
-    config = {"http_options": {"extra_body": raw}, "automatic_function_calling": {"disable": True}}  # fills contents={}
-    chunks = await app.gemini.generate_content_stream(model=app.settings["GEMINI_MODEL"], contents={}, config=config)
-    try:
+    async with aclosing(ask(contents(history))) as chunks:
         async for chunk in chunks:
             if text := chunk.text:
                 yield text
+
+
+async def ask(said: list[Event], **config: Any) -> AsyncGenerator[Any, None]:
+    """Yields Gemini's chunks in answer to contents(); config is the SDK's. Raises RuntimeError where it breaks off."""
+    app, raw = running.get(), {"contents": said, "systemInstruction": {"parts": [{"text": SYSTEM_PROMPT}]}}
+    config |= {"automatic_function_calling": {"disable": True}, "http_options": {"extra_body": raw}}  # not contents
+    chunks = await app.gemini.generate_content_stream(model=app.settings["GEMINI_MODEL"], contents={}, config=config)
+    try:
+        async for chunk in chunks:
+            yield chunk
             if chunk.candidates and chunk.candidates[0].finish_reason not in (None, "STOP", "MAX_TOKENS"):
                 raise RuntimeError(f"Gemini ended with {chunk.candidates[0].finish_reason.name}")
     finally:  # cancelled as it reads, the SDK frees its connection; closed at a yield, only the garbage collector does
@@ -91,7 +93,7 @@ async def reply(event: Event, history: list["Turn"]) -> Answer:
 
 
 def contents(history: list["Turn"]) -> list[Event]:
-    """What Gemini is sent: user and model in turn, user first and last, nothing unheard; SDK objects would be slower."""
+    """What Gemini is sent: user and model in turn, user first and last, nothing unheard; SDK objects are slower."""
     said: list[Event] = [{"role": "user", "parts": []}]
     for turn in history:
         said[-1]["parts"].append({"text": turn.user or "(The caller says nothing.)"})
@@ -114,6 +116,8 @@ class Turn:
     user: str = ""  # empty for a greeting, and where nothing was understood
     assistant: str = ""
     finished: bool = False  # else the answer is on its way, was cut off, or its process died
+    interrupts: list[str] | None = None  # an earlier turn_id and what was heard of it, if that was cut off
+    began: float = field(default_factory=time.time)  # Unix seconds: for a store that keeps no order
 
 
 class Histories(dict[str, dict[str, Turn]]):
@@ -150,7 +154,7 @@ def verify(header: str, body: bytes, secret: str) -> bool:
 # ---- speech out ------------------------------------------------------------------------------------------------------
 async def speak(request: web.Request, turn: Turn, turn_id: str, answer: Answer | str, label: str) -> web.StreamResponse:
     """Streams answer as it comes, APOLOGY in the place of what fails or stalls; turn tells how far it got."""
-    outcome, level, times = "spoken", logging.INFO, [time.monotonic()]
+    outcome, level, times = "", logging.INFO, [time.monotonic()]
     response = web.StreamResponse(headers={"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"})
     response.content_type = "text/event-stream"
 
@@ -158,7 +162,8 @@ async def speak(request: web.Request, turn: Turn, turn_id: str, answer: Answer |
         event = {"type": "response.tts", "content": piece} if isinstance(piece, str) else piece
         await response.write(f"data: {json.dumps({**event, 'turn_id': turn_id})}\n\n".encode())
         turn.assistant += piece if isinstance(piece, str) else ""  # only now that it is written
-        times.append(time.monotonic())
+        if event.get("type") not in ("response.data", "response.end"):  # which nobody hears
+            times.append(time.monotonic())
 
     try:
         with suppress(ConnectionResetError):  # the caller hung up: APOLOGY can't be written either
@@ -179,12 +184,10 @@ async def speak(request: web.Request, turn: Turn, turn_id: str, answer: Answer |
                 log.debug("%s: %s", label, "".join(traceback.format_tb(error.__traceback__)))
                 await say(" " * bool(turn.assistant) + APOLOGY)
             await say({"type": "response.end"})
-            turn.finished = True
+            turn.finished, outcome = True, outcome or "spoken"
     finally:
-        outcome, level = (outcome, level) if turn.finished else ("interrupted", logging.INFO)
-        ms = [1000 * (moment - times[0]) for moment in (times[len(times) > 1], time.monotonic())]
-        chunks = len(times) - 1 - turn.finished  # response.end is none
-        log.log(level, "%s %s first_word=%.0fms total=%.0fms chunks=%d", label, outcome, *ms, chunks)
+        figures = 1000 * (times[len(times) > 1] - times[0]), 1000 * (time.monotonic() - times[0]), len(times) - 1
+        log.log(level, "%s %s first_word=%.0fms total=%.0fms chunks=%d", label, outcome or "interrupted", *figures)
     return response
 
 
@@ -222,11 +225,10 @@ async def agent(request: web.Request) -> web.StreamResponse:
         return await speak(request, Turn(), turn_id, turn.assistant, label + " again")
     if conversation in answering:
         answering[conversation].cancel()  # an earlier turn, its hang-up unseen behind a tunnel, or this one, sent again
-    answering[conversation] = asyncio.current_task()  # type: ignore[assignment]
+    answering[conversation] = asyncio.current_task()
     match event.get("interruption_context"):
         case {"previous_turn_interrupted": True, "assistant_turn_id": str(at), "text_heard": str(heard)} if at in turns:
-            turns[at].assistant, turns[at].finished = heard, False
-            await app.histories.save(conversation, at, turns[at])
+            turns[at].assistant, turns[at].finished, turn.interrupts = heard, False, [at, heard]
     turn.user, turn.assistant = said, ""
     answer = app.reply(event, list(turns.values())[-MAX_TURNS:]) if turn.user else APOLOGY
     if kind != "message":
@@ -265,20 +267,19 @@ async def authorize(request: web.Request) -> web.Response:
 # ---- the app ---------------------------------------------------------------------------------------------------------
 def make_app(settings: dict[str, str] | None = None, reply: Any = reply, histories: Any = None) -> web.Application:
     """The app, to run or to mount in another; give its runner handler_cancellation=True, or barge-in goes unnoticed."""
-    state = SimpleNamespace(settings=settings or load_settings(), reply=reply, gemini=None)
+    state = types.SimpleNamespace(settings=settings or load_settings(), reply=reply, gemini=None)
     state.histories = Histories() if histories is None else histories
 
     @web.middleware
     async def outermost(request: web.Request, handler: Any) -> web.StreamResponse:
         running.set(state)
         origin, allowed = request.headers.get("Origin", ""), state.settings["ALLOWED_ORIGINS"].replace(",", " ").split()
-        known = any(fnmatchcase(origin, pattern) for pattern in allowed)
+        known = any(fnmatch.fnmatchcase(origin, pattern) for pattern in allowed)
         try:
             if origin and not known and origin.partition("://")[2] != request.host:
                 raise web.HTTPForbidden(reason="the page's origin is not in ALLOWED_ORIGINS")
-            response: web.StreamResponse = web.Response(text="The agent is up.\n")  # says GET /, and a preflight
-            if request.method != "OPTIONS" and request.path != "/":
-                response = await handler(request)
+            up = web.Response(text="The agent is up.\n")  # for GET /, and a preflight
+            response = up if request.path == "/" or request.method == "OPTIONS" else await handler(request)
         except web.HTTPException as error:
             log.warning("%s %.60r from %.60r: %d %s", request.method, request.path, origin, error.status, error.reason)
             response = web.json_response({"error": error.reason}, status=error.status, reason=error.reason)
@@ -298,17 +299,16 @@ def make_app(settings: dict[str, str] | None = None, reply: Any = reply, histori
 
     app = web.Application(middlewares=[outermost])  # takes bodies up to 1 MiB
     app.cleanup_ctx.append(outgoing)
-    app.router.add_post("/{api:(api/)?}agent", agent)
-    app.router.add_post("/{api:(api/)?}authorize", authorize)
+    app.add_routes([web.post("/{api:(api/)?}agent", agent), web.post("/{api:(api/)?}authorize", authorize)])
     return app
 
 
 # ---- the terminal client ---------------------------------------------------------------------------------------------
-async def chat(settings: dict[str, str], url: str = "") -> None:
+async def chat(settings: dict[str, str], url: str = "", **parts: Any) -> None:
     """Plays Layercode's part: each line typed is a message, and a barge-in if the agent is still speaking."""
-    secret = settings["LAYERCODE_WEBHOOK_SECRET"] if url else os.urandom(16).hex()
     if not url:
-        runner = web.AppRunner(make_app(settings | {"LAYERCODE_WEBHOOK_SECRET": secret}), handler_cancellation=True)
+        settings = settings | {"LAYERCODE_WEBHOOK_SECRET": os.urandom(16).hex()}
+        runner = web.AppRunner(make_app(settings, **parts), handler_cancellation=True)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}/agent"
@@ -316,7 +316,7 @@ async def chat(settings: dict[str, str], url: str = "") -> None:
     while line:
         event |= {"session_id": "terminal", "conversation_id": conversation, "turn_id": os.urandom(8).hex()}
         body, heard, typed = json.dumps(event).encode(), "", False
-        headers = {"layercode-signature": sign(body, secret)}
+        headers = {"layercode-signature": sign(body, settings["LAYERCODE_WEBHOOK_SECRET"])}
         async with ClientSession() as http, http.post(url, data=body, headers=headers, raise_for_status=True) as answer:
             while not typed and (frame := await answer.content.readline()):
                 piece = json.loads(frame.removeprefix(b"data: ").strip() or "{}")
@@ -329,19 +329,19 @@ async def chat(settings: dict[str, str], url: str = "") -> None:
         event = {"type": "message", "text": (line := sys.stdin.readline()).strip(), "interruption_context": report}
 
 
-def main() -> None:
-    """Serves, or chats, as the command line says; what is wrong with it or the settings ends in one line."""
+def main(**parts: Any) -> None:
+    """Serves, or chats, as the command line says, with parts for make_app(); what is wrong there ends in one line."""
     try:
         settings = load_settings()
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
         if sys.argv[1:2] == ["chat"]:
-            return asyncio.new_event_loop().run_until_complete(chat(settings, *sys.argv[2:3]))
+            return asyncio.new_event_loop().run_until_complete(chat(settings, *sys.argv[2:3], **parts))
         log.setLevel(settings["LOG_LEVEL"])
         lacks = [f"{key} is not set: {hint}" for key, (_, _, hint) in VARIABLES.items() if hint and not settings[key]]
         banner = [f"Up: http://{settings['HOST']}:{settings['PORT']}", *lacks, "Next: npx @layercode/cli tunnel"]
-        at: Any = {"port": int(settings["PORT"]), "print": lambda _: print(*banner, sep="\n", flush=True)}
-        at |= {"host": settings["HOST"], "shutdown_timeout": 5}  # aiohttp waits twice that for replies in flight
-        web.run_app(make_app(settings), **at, handler_cancellation=True, access_log=None)
+        how: Any = {"port": int(settings["PORT"]), "print": lambda _: print(*banner, sep="\n", flush=True)}
+        how |= {"host": settings["HOST"], "shutdown_timeout": 5}  # aiohttp waits twice that for replies in flight
+        web.run_app(make_app(settings, **parts), **how, handler_cancellation=True, access_log=None)
     except (KeyboardInterrupt, ValueError, OSError, ClientError) as error:
         sys.exit(0 if isinstance(error, KeyboardInterrupt) else f"agent.py: {str(error) or type(error).__name__}")
 

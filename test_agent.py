@@ -93,9 +93,7 @@ class Gemini:
 def chunk(step, finish=None):
     """A chunk as Gemini streams it; step is a text, or a list of parts."""
     parts = [{"text": step}] if isinstance(step, str) else step
-    candidate = {"content": {"parts": parts, "role": "model"}, "index": 0} | (
-        {"finishReason": finish} if finish else {}
-    )
+    candidate = {"content": {"parts": parts, "role": "model"}, "index": 0} | ({"finishReason": finish} if finish else {})
     return f"data: {json.dumps({'candidates': [candidate], 'modelVersion': 'gemini-test'})}\r\n\r\n".encode()
 
 class Layercode:
@@ -214,15 +212,13 @@ async def test_while_a_secret_is_rotated_one_right_v1_of_several_is_enough():
 async def test_without_a_webhook_secret_nothing_is_accepted(start):
     caller = await start({"LAYERCODE_WEBHOOK_SECRET": ""})
     async with caller.post(caller.event("message", text="hello"), signature=agent.sign(b"", "x")) as response:
-        assert response.status == 500
-        assert "LAYERCODE_WEBHOOK_SECRET" in (await response.json())["error"]
+        assert response.status == 500 and "LAYERCODE_WEBHOOK_SECRET" in (await response.json())["error"]
 
 @pytest.mark.parametrize("value", [5, ["x"], {"x": 1}])
 @pytest.mark.parametrize("field", ["type", "conversation_id", "turn_id", "text"])
 async def test_the_error_names_the_field_that_is_not_as_it_should_be(caller, field, value):
     async with caller.post(caller.event("message", text="hello") | {field: value}) as response:
-        assert response.status == 400
-        assert field in (await response.json())["error"]
+        assert response.status == 400 and field in (await response.json())["error"]
 
 async def test_a_message_without_a_text_is_an_error_and_one_with_an_empty_text_is_not(caller, gemini):
     async with caller.post(caller.event("message")) as response:
@@ -263,13 +259,15 @@ async def test_the_answer_has_the_form_that_layercode_reads(caller):
 async def test_reply_may_yield_events_beside_words(start):
     async def reply(event, history):
         yield {"type": "response.data", "content": {"said": history[-1].user}}
-        yield "Goodbye."
-        yield {"type": "response.hangup"}
+        if history[-1].user == "bye":
+            yield "Goodbye."
+            yield {"type": "response.hangup"}
 
     caller = await start(reply=reply)
     words, frames = await caller.send(caller.event("message", text="bye"))
     assert words == "Goodbye."
     assert [frame["type"] for frame in frames] == ["response.data", "response.tts", "response.hangup", "response.end"]
+    assert await caller.say("only data, which nobody hears") == agent.APOLOGY
 
 async def test_words_are_passed_on_the_moment_they_come(caller, gemini):
     more = asyncio.Event()
@@ -288,8 +286,7 @@ async def test_words_are_passed_on_the_moment_they_come(caller, gemini):
 )  # fmt: skip
 async def test_rubbish_is_a_clear_400(caller, body):
     async with caller.post(body=body) as response:
-        assert response.status == 400
-        assert list(await response.json()) == ["error"]
+        assert (response.status, list(await response.json())) == (400, ["error"])
 
 async def test_lone_surrogates_and_nuls_do_not_break_a_conversation(caller, gemini):
     for field in ("text", "turn_id", "conversation_id", "interruption_context"):
@@ -355,6 +352,17 @@ async def test_a_thousand_interruptions_leave_nothing_behind(caller, gemini):
     while len(asyncio.all_tasks()) > before:
         await asyncio.sleep(0)
     assert not [one for one in gc.get_objects() if inspect.isasyncgen(one) and one.__name__ == "reply"]
+
+async def test_a_store_gets_each_turn_before_gemini_is_asked_and_when_it_is_over(start, gemini):
+    class Store(agent.Histories):
+        async def save(self, conversation, turn_id, turn):
+            saved.append((turn.assistant, turn.finished, turn.interrupts, len(gemini.asked)))
+
+    saved, caller = [], await start({"GOOGLE_GENERATIVE_AI_API_KEY": "SECRET-KEY"}, histories=Store())
+    event = caller.event("message", text="one")
+    (said, _), heard = await caller.send(event), [event["turn_id"], "Su"]
+    await caller.say("two", **report(event, "Su"))
+    assert saved == [("", False, None, 0), (said, True, None, 1), ("", False, heard, 1), (said, True, heard, 2)]
 
 # ---- delivered twice ----------------------------------------------------------------------------------------
 async def test_a_finished_turn_delivered_again_is_spoken_again_without_gemini(caller, gemini):
@@ -512,16 +520,11 @@ async def test_it_says_what_is_not_configured_and_where_to_get_it(unused_tcp_por
     process = await run(PORT=str(unused_tcp_port))
     said = b"".join([await process.stdout.readline() for _ in range(5)]).decode()
     process.kill()
+    await process.communicate()
     assert all(name in said for name in [*list(agent.VARIABLES)[:3], "aistudio.google.com", "Dashboard", "tunnel"])
 
 async def test_settings_come_from_the_environment_and_from_dotenv(tmp_path, monkeypatch):
-    lines = [
-        "# a comment",
-        "export GEMINI_MODEL=a-b#c # comment",
-        "LAYERCODE_API_KEY='a # \"b'",
-        "HOST=",
-        "LOG_LEVEL=WARNING",
-    ]
+    lines = ["# a comment", "export GEMINI_MODEL=a-b#c # comment", "LAYERCODE_API_KEY='a # \"b'", "HOST=", "LOG_LEVEL=WARNING"]
     lines += ['LAYERCODE_WEBHOOK_SECRET="a \\"b\\" # c"', "  PORT = 80 "]
     (tmp_path / ".env").write_text("\n".join(lines))
     monkeypatch.setattr(agent, "__file__", str(tmp_path / "agent.py"))

@@ -3,14 +3,18 @@
 import ast
 import asyncio
 import contextlib
+import datetime
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -73,7 +77,8 @@ def results(gemini):
 async def test_a_tool_is_declared_and_run_and_shown_and_its_signature_goes_back_byte_for_byte(tools, gemini):
     signature = "8PHy8/T19vf4+fr7/P3+//Dx8vP09fb3+Pn6+/z9/v//"
     called = call("current_time", timezone="UTC") | {"thoughtSignature": signature}
-    gemini.scripts = [["Let me ", "see.", [called]], ["It's noon."]]
+    thought = {"text": "They want the time.", "thought": True}
+    gemini.scripts = [["Let me ", "see.", [thought, called]], ["It's noon."]]
     spoken, frames = await tools.caller.send(tools.caller.event("message", text="What time is it?"))
     assert spoken == "Let me see. It's noon."
     states = [content for kind, content in frames_of(frames) if kind == "data"]
@@ -81,22 +86,25 @@ async def test_a_tool_is_declared_and_run_and_shown_and_its_signature_goes_back_
     declared = gemini.asked[0]["tools"][0]["functionDeclarations"]
     assert [tool["name"] for tool in declared] == ["current_time", "hang_up"]
     assert "time zone" in declared[0]["description"] and "timezone" in json.dumps(declared[0])
-    assert gemini.asked[1]["contents"][1]["parts"] == [{"text": "Let me "}, {"text": "see."}, called]
+    assert gemini.asked[1]["contents"][1]["parts"] == [{"text": "Let me "}, {"text": "see."}, thought, called]
     assert results(gemini)[0]["name"] == "current_time" and "20" in results(gemini)[0]["response"]["output"]
 
 
 async def test_two_tools_run_side_by_side_and_a_sync_one_holds_up_nobody(tools, gemini):
     loop, met = asyncio.get_running_loop(), asyncio.Barrier(2)
-    tools.TOOLS["sync"] = lambda: asyncio.run_coroutine_threadsafe(met.wait(), loop).result(5)
-    tools.TOOLS["sync"].__name__ = "sync"
+
+    def sync():
+        return asyncio.run_coroutine_threadsafe(met.wait(), loop).result(5) * 0
 
     async def other():
         await met.wait()
+        return {"on": datetime.date(2026, 11, 21)}
 
-    tools.TOOLS["other"] = other
+    tools.TOOLS += sync, other
     gemini.scripts = [[[call("sync", "1"), call("other", "2")]], ["Both."]]
     assert await tools.caller.say("Do both") == "Both."
-    assert [(result["id"], "output" in result["response"]) for result in results(gemini)] == [("1", True), ("2", True)]
+    given = [(result["id"], result["response"]["output"]) for result in results(gemini)]
+    assert given == [("1", 0), ("2", {"on": "2026-11-21"})]
 
 
 async def test_what_goes_wrong_with_a_tool_is_told_to_the_model(tools, gemini):
@@ -105,7 +113,7 @@ async def test_what_goes_wrong_with_a_tool_is_told_to_the_model(tools, gemini):
     async def stuck():
         await asyncio.Event().wait()
 
-    tools.TOOLS["stuck"] = stuck
+    tools.TOOLS.append(stuck)
     wrong = [
         call("stuck"),
         call("unknown"),
@@ -138,7 +146,7 @@ async def test_a_barge_in_cancels_the_tool(tools, gemini):
             cancelled.set()
             raise
 
-    tools.TOOLS["slow"] = slow
+    tools.TOOLS.append(slow)
     gemini.scripts = [["One moment.", [call("slow")]]]
     event = tools.caller.event("message", text="Look it up")
     async with tools.caller.post(event) as response:
@@ -157,6 +165,12 @@ async def test_hanging_up_comes_after_the_last_words_and_nothing_more(tools, gem
     spoken, frames = await tools.caller.send(tools.caller.event("message", text="Bye"))
     assert spoken == "Goodbye!" and len(gemini.asked) == asked
     assert [frame["type"] for frame in frames][-2:] == ["response.hangup", "response.end"]
+
+
+async def test_with_another_tool_beside_it_hanging_up_waits_for_what_that_brings(tools, gemini):
+    gemini.scripts = [["One moment.", [call("current_time", timezone="UTC"), call("hang_up")]], ["It's noon. Bye!"]]
+    spoken, frames = await tools.caller.send(tools.caller.event("message", text="The time, and goodbye."))
+    assert spoken == "One moment. It's noon. Bye!" and frames[-2]["type"] == "response.hangup"
 
 
 class Server:
@@ -186,7 +200,7 @@ async def redis(tmp_path, monkeypatch):
         pytest.skip("redis-server is not installed")
     server = Server(tmp_path)
     await server.start()
-    monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{server.port}")
+    server.url = f"redis://127.0.0.1:{server.port}"
     yield server
     server.stop()
 
@@ -201,10 +215,13 @@ async def pair(redis, gemini, aiohttp_server, monkeypatch):
         for which in "AB":
             own = module(Path(agent.__file__).read_text(), f"agent_{which}")
             monkeypatch.setitem(sys.modules, "agent", own)
-            served = module(recipe("redis"), f"serve_redis_{which}")
-            ends.append(Layercode(http, str((await aiohttp_server(served.app)).make_url("")).rstrip("/"), name))
-            ends[-1].served = served
+            store = module(recipe("redis"), f"serve_redis_{which}").RedisHistories(redis.url)
+            server = await aiohttp_server(own.make_app(histories=store))
+            ends.append(Layercode(http, str(server.make_url("")).rstrip("/"), name))
+            ends[-1].store = store
         yield ends
+        for end in ends:
+            await end.store.redis.aclose()
 
 
 async def test_a_conversation_that_alternates_between_two_processes_is_whole(pair, gemini):
@@ -216,8 +233,7 @@ async def test_a_conversation_that_alternates_between_two_processes_is_whole(pai
     for number in range(5):
         lines += [("user", f"Question {number}"), ("model", f"Answer {number}.")]
     assert gemini.heard() == [*lines, ("user", "Question 5")]
-    store = pair[0].served.histories.redis
-    assert 86000 < await store.ttl(f"conversation:{pair[0].conversation}") <= 86400
+    assert 86000 < await pair[0].store.redis.ttl(f"conversation:{pair[0].conversation}") <= 86400
 
 
 async def test_a_barge_in_on_one_process_is_exact_on_the_other_and_no_late_save_undoes_it(pair, gemini):
@@ -229,9 +245,7 @@ async def test_a_barge_in_on_one_process_is_exact_on_the_other_and_no_late_save_
         assert await other.say("Cake!", **report(event, "The first")) == "Sure, no problem."
         response.close()
     await gemini.until(streams=0)
-    async with asyncio.timeout(5):
-        while "is flour" not in str(await one.served.histories.redis.hgetall(f"conversation:{one.conversation}")):
-            await asyncio.sleep(0)  # until the late save is there
+    await written(one.store, one.conversation, "is flour")  # the late save is there
     expected = [("user", "How do I bake?"), ("model", "The first [interrupted]"), ("user", "Cake!")]
     assert gemini.heard() == expected
     for end in (one, other):
@@ -239,16 +253,16 @@ async def test_a_barge_in_on_one_process_is_exact_on_the_other_and_no_late_save_
         assert gemini.heard()[:3] == expected
 
 
-async def test_after_a_kill_in_mid_reply_the_other_process_has_the_callers_words(pair, gemini, tmp_path):
+async def test_after_a_kill_in_mid_reply_the_other_process_has_the_callers_words(pair, gemini, redis, tmp_path):
     (tmp_path / "serve_redis.py").write_text(recipe("redis"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = os.environ | {"PORT": str(port), "PYTHONPATH": str(Path(agent.__file__).parent), "PYTHONUNBUFFERED": "1"}
+    env = os.environ | {"PORT": str(port), "PYTHONPATH": str(Path(agent.__file__).parent), "REDIS_URL": redis.url}
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "env": env}
     process = subprocess.Popen([sys.executable, tmp_path / "serve_redis.py"], **out)
     try:
-        while b"Running on" not in (line := await asyncio.to_thread(process.stdout.readline)):
+        while b"Up: " not in (line := await asyncio.to_thread(process.stdout.readline)):
             assert line, "serve_redis.py ended"
         doomed = Layercode(pair[0].http, f"http://127.0.0.1:{port}", pair[0].conversation)
         gemini.scripts = [["Well, ", STALL]]
@@ -267,13 +281,109 @@ async def test_without_redis_the_call_goes_on_and_what_was_missed_is_written_lat
     await pair[0].say("One")
     redis.stop()
     assert [await pair[0].say("Two"), await pair[0].say("Three")] == ["Sure, no problem."] * 2
+    pair[0].store.paused_until = 1  # as if PAUSE were over
+    await pair[0].say("Still there?")
     assert ("user", "One") in gemini.heard() and caplog.text.count("without Redis") == 1
     await redis.start()
     for end in pair:
-        end.served.histories.paused_until = min(end.served.histories.paused_until, 1)  # as if PAUSE were over
+        end.store.paused_until = min(end.store.paused_until, 1)  # as if PAUSE were over
     await pair[0].say("Four")
     await pair[1].say("Five")
-    assert [text for role, text in gemini.heard() if role == "user"] == ["Two", "Three", "Four", "Five"]
+    assert [text for role, text in gemini.heard() if role == "user"] == [
+        *("One", "Two", "Three", "Still there?", "Four", "Five")
+    ]
+
+
+async def test_a_redis_that_is_stuck_is_waited_for_once_and_then_left_alone(pair, gemini, redis, caplog, monkeypatch):
+    monkeypatch.setattr(sys.modules["serve_redis_A"], "PAUSE", 1000)
+    await pair[0].say("One")
+    redis.process.send_signal(signal.SIGSTOP)
+    async with asyncio.timeout(4):
+        assert [await pair[0].say(text) for text in ("Two", "Three")] == ["Sure, no problem."] * 2
+    redis.process.send_signal(signal.SIGCONT)
+    assert ("user", "One") in gemini.heard() and caplog.text.count("without Redis: TimeoutError") == 1
+    assert await pair[0].store.query(pair[0].store.redis.ping) is None
+
+
+async def test_a_message_on_the_process_that_still_speaks_finds_what_it_has_said(pair, gemini):
+    gemini.scripts = [["The first step ", "is flour. ", STALL]]
+    async with pair[0].post(pair[0].event("message", text="How do I bake?")) as response:
+        await pair[0].hear(response, "is flour. ")
+        await pair[0].say("Cake!")
+    assert gemini.heard()[1] == ("model", "The first step is flour.  [interrupted]")
+
+
+async def test_a_turn_is_written_although_its_handler_is_cancelled(pair):
+    store = pair[0].store
+    saving = asyncio.create_task(store.save(pair[0].conversation, "turn", agent.Turn("hello")))
+    await asyncio.sleep(0)  # until it has begun
+    saving.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await saving
+    await written(store, pair[0].conversation, "hello")
+
+
+async def written(store, conversation, words):
+    async with asyncio.timeout(5):
+        while words not in str(await store.redis.hgetall(f"conversation:{conversation}")):
+            await asyncio.sleep(0)
+
+
+async def test_a_turn_that_was_cut_off_and_delivered_again_elsewhere_counts_once(pair, gemini):
+    one, other = pair
+    gemini.scripts = [["The first step ", STALL]]
+    event = await one.barge_in("How do I bake?", after="step ")
+    await written(one.store, one.conversation, "The first step ")
+    gemini.scripts = [["Sure."]]
+    assert (await other.send(event))[0] == "Sure."
+    assert (await one.send(event))[0] == "Sure."  # said already: Gemini isn't asked
+    for end in (one, other):
+        await end.say("And then?")
+        assert gemini.heard()[:3] == [("user", "How do I bake?"), ("model", "Sure."), ("user", "And then?")]
+
+
+async def test_whatever_happens_to_a_caller_of_two_processes_gemini_is_sent_what_was_said_and_heard(pair, gemini):
+    seed = int(os.environ.get("SEED", time.time()))
+    for number in range(300):
+        dice, name = random.Random(seed + number), f"conversation_{seed}_{number}"
+        ends, turns, still_open, cut = [Layercode(end.http, end.url, name) for end in pair], [], [], None
+        for step in range(dice.randrange(1, 7)):
+            fields, end = {}, dice.choice(ends)
+            what = dice.choice(["message", "message", "drop", "late drop", "duplicate", "greeting"])
+            if what == "duplicate":
+                if turns and turns[-1][2]:
+                    assert (await end.send(turns[-1][3]))[0] == turns[-1][1]
+                continue
+            if cut or (turns and dice.random() < 0.3):  # Layercode tells what was heard with the next message
+                turns[-1][1], turns[-1][2] = turns[-1][1][: dice.randrange(len(turns[-1][1]) + 1)], False
+                fields = report(turns[-1][3], turns[-1][1])
+            event, said = end.event("message", text=f"words {step}", **fields), [f"Well {step} ", "so ", "yes "]
+            cut = what in ("drop", "late drop")
+            if what == "greeting":
+                event["type"] = "session.start"
+                turns.append(["(The caller says nothing.)", (await end.send(event))[0], True, event])
+                continue
+            gemini.scripts = [said + [STALL] * cut]
+            turns.append([event["text"], "".join(said), not cut, event])
+            if not cut:
+                assert await end.send(event)
+                continue
+            response = await end.post(event)
+            await end.hear(response, "yes ")
+            still_open.append(response)
+            if what == "drop":
+                response.close()
+            if dice.random() < 0.5:
+                dice.choice(still_open).close()
+        last = dice.choice(ends)
+        gemini.scripts = []
+        await last.say("And now?", **(report(turns[-1][3], turns[-1][1]) if cut else {}))
+        for response in still_open:
+            response.close()
+        wanted = []
+        for user, heard, finished, _ in turns:
+            wanted += [("user", user), *[("model", heard + " [interrupted]" * (not finished))] * bool(heard)]
+        assert gemini.heard() == [*wanted, ("user", "And now?")], f"SEED={seed + number}"
 
 
 async def test_another_model_streams_from_an_openai_compatible_server(start, aiohttp_server):
