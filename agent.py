@@ -79,7 +79,7 @@ async def reply(event: Event, history: list["Turn"]) -> Answer:
 async def ask(said: list[Event], **config: Any) -> AsyncGenerator[Any, None]:
     """Yields Gemini's chunks in answer to contents(); config is the SDK's. Raises RuntimeError where it breaks off."""
     app, raw = running.get(), {"contents": said, "systemInstruction": {"parts": [{"text": SYSTEM_PROMPT}]}}
-    config |= {"automatic_function_calling": {"disable": True}, "http_options": {"extra_body": raw}}  # not contents
+    config |= {"automatic_function_calling": {"disable": True}, "http_options": {"extra_body": raw}}  # fills contents
     chunks = await app.gemini.generate_content_stream(model=app.settings["GEMINI_MODEL"], contents={}, config=config)
     try:
         async for chunk in chunks:
