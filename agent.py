@@ -304,11 +304,11 @@ def make_app(settings: dict[str, str] | None = None, reply: Any = reply, histori
 
 
 # ---- the terminal client ---------------------------------------------------------------------------------------------
-async def chat(settings: dict[str, str], url: str = "", **parts: Any) -> None:
+async def chat(settings: dict[str, str], make_app: Any = make_app, url: str = "") -> None:
     """Plays Layercode's part: each line typed is a message, and a barge-in if the agent is still speaking."""
     if not url:
         settings = settings | {"LAYERCODE_WEBHOOK_SECRET": os.urandom(16).hex()}
-        runner = web.AppRunner(make_app(settings, **parts), handler_cancellation=True)
+        runner = web.AppRunner(make_app(settings), handler_cancellation=True)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}/agent"
@@ -329,19 +329,19 @@ async def chat(settings: dict[str, str], url: str = "", **parts: Any) -> None:
         event = {"type": "message", "text": (line := sys.stdin.readline()).strip(), "interruption_context": report}
 
 
-def main(**parts: Any) -> None:
-    """Serves, or chats, as the command line says, with parts for make_app(); what is wrong there ends in one line."""
+def main(make_app: Any = make_app) -> None:
+    """Serves, or chats, as the command line says; what is wrong with it or the settings ends in one line."""
     try:
         settings = load_settings()
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
         if sys.argv[1:2] == ["chat"]:
-            return asyncio.new_event_loop().run_until_complete(chat(settings, *sys.argv[2:3], **parts))
+            return asyncio.new_event_loop().run_until_complete(chat(settings, make_app, *sys.argv[2:3]))
         log.setLevel(settings["LOG_LEVEL"])
         lacks = [f"{key} is not set: {hint}" for key, (_, _, hint) in VARIABLES.items() if hint and not settings[key]]
         banner = [f"Up: http://{settings['HOST']}:{settings['PORT']}", *lacks, "Next: npx @layercode/cli tunnel"]
         how: Any = {"port": int(settings["PORT"]), "print": lambda _: print(*banner, sep="\n", flush=True)}
         how |= {"host": settings["HOST"], "shutdown_timeout": 5}  # aiohttp waits twice that for replies in flight
-        web.run_app(make_app(settings, **parts), **how, handler_cancellation=True, access_log=None)
+        web.run_app(make_app(settings), **how, handler_cancellation=True, access_log=None)
     except (KeyboardInterrupt, ValueError, OSError, ClientError) as error:
         sys.exit(0 if isinstance(error, KeyboardInterrupt) else f"agent.py: {str(error) or type(error).__name__}")
 

@@ -71,12 +71,12 @@ async def test_barge_in_works_through_nginx(caller, gemini, tmp_path, unused_tcp
 
 @pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
 async def test_the_log_in_recipe_sends_the_token_with_what_the_sdk_would_send():
-    stand_in = """const agentId = "a", token = "TOKEN", sent = [];
-        globalThis.fetch = (...call) => sent.push(call);
+    stand_in = """const agentId = "a", sent = [];
+        globalThis.fetch = async (...call) => (sent.push(call), { text: async () => "TOKEN" });
         class LayercodeClient { constructor(options) { options.authorizeSessionRequest({url: "URL", body: {agent_id: "a"}}) } }
-        BLOCK console.log(JSON.stringify(sent))"""
+        BLOCK setImmediate(() => console.log(JSON.stringify(sent)))"""
     script = stand_in.replace("BLOCK", block("js", "authorizeSessionRequest"))
     node = await asyncio.create_subprocess_exec("node", "-e", script, stdout=asyncio.subprocess.PIPE)
     headers = {"Content-Type": "application/json", "Authorization": "Bearer TOKEN"}
     call = {"method": "POST", "body": '{"agent_id":"a"}', "headers": headers}
-    assert json.loads((await node.communicate())[0]) == [["URL", call]]
+    assert json.loads((await node.communicate())[0]) == [["/voice-token"], ["URL", call]]
