@@ -4,8 +4,7 @@ caller ── audio ──► Layercode ── POST /agent, signed JSON ──�
 caller ◄─ audio ─── Layercode ◄── Server-Sent Events ──────── agent.py ◄── text
 browser ── POST /authorize ──► agent.py ── with the API key ──► Layercode REST API
 python agent.py             serve Layercode's webhooks and authorize browsers
-python agent.py chat        talk to the agent in the terminal; needs no key
-python agent.py chat URL    the same with an agent elsewhere, by the URL of its webhook
+python agent.py chat [URL]  talk in the terminal to this agent, keys or not, or to one elsewhere by its webhook's URL
 """
 
 import asyncio, contextvars, fnmatch, hashlib, hmac, json, logging, os
@@ -227,8 +226,9 @@ async def agent(request: web.Request) -> web.StreamResponse:
         answering[conversation].cancel()  # an earlier turn, its hang-up unseen behind a tunnel, or this one, sent again
     answering[conversation] = asyncio.current_task()
     match event.get("interruption_context"):
-        case {"previous_turn_interrupted": True, "assistant_turn_id": str(at), "text_heard": str(heard)} if at in turns:
-            turns[at].assistant, turns[at].finished, turn.interrupts = heard, False, [at, heard]
+        case {"previous_turn_interrupted": True, "assistant_turn_id": str(at), "text_heard": str(heard)}:
+            cut, turn.interrupts = turns.get(at, Turn()), [at, heard]
+            cut.assistant, cut.finished = heard, False
     turn.user, turn.assistant = said, ""
     answer = app.reply(event, list(turns.values())[-MAX_TURNS:]) if turn.user else APOLOGY
     if kind != "message":

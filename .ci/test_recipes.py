@@ -323,12 +323,12 @@ async def test_without_redis_the_call_goes_on_and_what_was_missed_is_written_lat
     await pair[0].say("One")
     redis.stop()
     assert [await pair[0].say("Two"), await pair[0].say("Three")] == ["Sure, no problem."] * 2
-    pair[0].store.paused_until = 1  # as if PAUSE were over
+    pair[0].store.failed -= 2  # as if PAUSE were over
     await pair[0].say("Still there?")
     assert ("user", "One") in gemini.heard() and caplog.text.count("without Redis") == 1
     await redis.start()
     for end in pair:
-        end.store.paused_until = min(end.store.paused_until, 1)  # as if PAUSE were over
+        end.store.failed -= 2
     await pair[0].say("Four")
     await pair[1].say("Five")
     assert [text for role, text in gemini.heard() if role == "user"] == [
@@ -359,11 +359,11 @@ async def test_a_redis_that_can_only_be_read_is_told_once(pair, gemini, caplog):
     await pair[0].say("One")
     await pair[0].store.redis.config_set("min-replicas-to-write", 1)
     for number in range(3):
-        pair[0].store.paused_until = 0  # as if PAUSE were over
+        pair[0].store.failed -= 2  # as if PAUSE were over
         await pair[0].say("Again")
     assert caplog.text.count("without Redis") == 1
     await pair[0].store.redis.config_set("min-replicas-to-write", 0)
-    pair[0].store.paused_until = 0
+    pair[0].store.failed -= 2
     await pair[0].say("And again")
     await pair[1].say("Who am I?")
     assert [text for role, text in gemini.heard() if role == "user"] == ["One", *["Again"] * 3, "And again", "Who am I?"]
@@ -448,6 +448,16 @@ async def test_whatever_happens_to_a_caller_of_two_processes_gemini_is_sent_what
         for user, heard, finished, _ in turns:
             wanted += [("user", user), *[("model", heard + " [interrupted]" * (not finished))] * bool(heard)]
         assert gemini.heard() == [*wanted, ("user", "And now?")], f"SEED={seed + number}"
+
+
+async def test_what_was_heard_of_a_turn_counts_even_if_that_is_stored_later(pair, gemini):
+    one, other = pair
+    late = agent.Turn("How do I bake?", "The first step is flour.", True)
+    await other.say("Cake!", **report({"turn_id": "late"}, "The first"))
+    await one.store.save(one.conversation, "late", late)
+    for end in pair:
+        await end.say("And then?")
+        assert gemini.heard()[:3] == [("user", "How do I bake?"), ("model", "The first [interrupted]"), ("user", "Cake!")]
 
 
 async def test_another_model_streams_from_an_openai_compatible_server(start, aiohttp_server):
