@@ -355,6 +355,16 @@ async def test_a_message_on_the_process_that_still_speaks_finds_what_it_has_said
     assert gemini.heard()[1] == ("model", "The first step is flour.  [interrupted]")
 
 
+async def test_connections_that_redis_has_closed_are_not_used(pair, gemini, redis, caplog):
+    for end in pair:
+        await end.say("Hello")
+    subprocess.run(["redis-cli", "-p", str(redis.port), "client", "kill", "type", "normal"], check=True)
+    await pair[0].say("One")
+    await pair[1].say("Two")
+    assert [text for role, text in gemini.heard() if role == "user"] == ["Hello", "Hello", "One", "Two"]
+    assert "without Redis" not in caplog.text
+
+
 async def test_a_redis_that_can_only_be_read_is_told_once(pair, gemini, caplog):
     await pair[0].say("One")
     await pair[0].store.redis.config_set("min-replicas-to-write", 1)
