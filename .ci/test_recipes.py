@@ -355,6 +355,14 @@ async def test_a_message_on_the_process_that_still_speaks_finds_what_it_has_said
     assert gemini.heard()[1] == ("model", "The first step is flour.  [interrupted]")
 
 
+async def test_what_has_expired_is_not_written_again(pair, gemini):
+    turns = await pair[0].store.load(pair[0].conversation)
+    turns["old"] = agent.Turn("My name is Ada.", "Hello, Ada.", True, began=time.time() - 100_000)
+    await pair[0].say("Hello")
+    await pair[1].say("Who am I?")
+    assert gemini.heard()[0] == ("user", "Hello")
+
+
 async def test_connections_that_redis_has_closed_are_not_used(pair, gemini, redis, caplog):
     for end in pair:
         await end.say("Hello")
@@ -473,7 +481,7 @@ async def test_what_was_heard_of_a_turn_counts_even_if_that_is_stored_later(pair
 async def test_another_model_streams_from_an_openai_compatible_server(start, aiohttp_server):
     stop = b'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\n'
     made, asked = pasted("another model"), []
-    endings = [b"data: [DONE]\n\n", stop, b"", b'data: {"error": "!"}\n\n', stop.replace(b"stop", b"content_filter")]
+    endings = [b"data: [DONE]\n\n", stop, b"", b'data: {"error": "!"}\n\ndata: [DONE]\n\n', stop.replace(b"stop", b"content_filter")]
 
     async def complete(request):
         asked.append((request.headers["Authorization"], await request.json()))
