@@ -295,28 +295,49 @@ async def test_a_barge_in_on_one_process_is_exact_on_the_other_and_no_late_save_
         assert gemini.heard()[:3] == expected
 
 
-async def test_after_a_kill_in_mid_reply_the_other_process_has_the_callers_words(pair, gemini, redis, tmp_path):
-    (tmp_path / "serve_redis.py").write_text(recipe("redis"))
+@pytest.fixture
+def process(redis, gemini, tmp_path, monkeypatch):
+    """serve_redis.py in a process of its own, and its URL."""
+    monkeypatch.setenv("LAYERCODE_WEBHOOK_SECRET", SECRET)
+    monkeypatch.setenv("GOOGLE_GENERATIVE_AI_API_KEY", "SECRET-KEY")
+    patient = "import agent\nagent.PATIENCE = 60\n"  # beyond the ten seconds in which a stopped process finishes replies
+    (tmp_path / "serve_redis.py").write_text(patient + recipe("redis"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = os.environ | {"PORT": str(port), "PYTHONPATH": str(Path(agent.__file__).parent), "REDIS_URL": redis.url}
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "env": env}
     process = subprocess.Popen([sys.executable, tmp_path / "serve_redis.py"], **out)
-    try:
-        while b"Up: " not in (line := await asyncio.to_thread(process.stdout.readline)):
-            assert line, "serve_redis.py ended"
-        doomed = Layercode(pair[0].http, f"http://127.0.0.1:{port}", pair[0].conversation)
-        gemini.scripts = [["Well, ", STALL]]
-        async with doomed.post(doomed.event("message", text="My name is Ada.")) as response:
-            await doomed.hear(response, "Well, ")
-            process.kill()
-    finally:
+    while b"Up: " not in (line := process.stdout.readline()):
+        assert line, "serve_redis.py ended"
+    process.url = f"http://127.0.0.1:{port}"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+async def test_after_a_kill_in_mid_reply_the_other_process_has_the_callers_words(pair, gemini, process):
+    doomed = Layercode(pair[0].http, process.url, pair[0].conversation)
+    gemini.scripts = [["Well, ", STALL]]
+    async with doomed.post(doomed.event("message", text="My name is Ada.")) as response:
+        await doomed.hear(response, "Well, ")
         process.kill()
-        process.wait()
-        process.stdout.close()
     await pair[1].say("Who am I?")
     assert gemini.heard() == [("user", "My name is Ada."), ("user", "Who am I?")]
+
+
+async def test_what_is_cut_off_when_a_process_is_stopped_is_written(pair, gemini, process):
+    callers = [Layercode(pair[0].http, process.url, f"stopped {number}") for number in range(20)]
+    gemini.scripts = [["Well, ", STALL] for _ in callers]
+    responses = [await caller.post(caller.event("message", text="Tell me a story.")) for caller in callers]
+    for caller, response in zip(callers, responses, strict=True):
+        await caller.hear(response, "Well, ")
+    process.terminate()
+    await asyncio.to_thread(process.wait)
+    for caller in callers:
+        await Layercode(pair[0].http, pair[0].url, caller.conversation).say("Go on.")
+        assert gemini.heard()[1] == ("model", "Well,  [interrupted]")
 
 
 async def test_without_redis_the_call_goes_on_and_what_was_missed_is_written_later(pair, gemini, redis, caplog):
