@@ -76,7 +76,7 @@ async def reply(event: Event, history: list["Turn"]) -> Answer:
 
 
 async def ask(said: list[Event], **config: Any) -> AsyncGenerator[Any, None]:
-    """Yields Gemini's chunks in answer to contents(); config is the SDK's. Raises RuntimeError where it breaks off."""
+    """Yields Gemini's chunks in answer to contents(); config is the SDK's. Raises RuntimeError at an end like SAFETY."""
     app, raw = running.get(), {"contents": said, "systemInstruction": {"parts": [{"text": SYSTEM_PROMPT}]}}
     config |= {"automatic_function_calling": {"disable": True}, "http_options": {"extra_body": raw}}  # fills contents
     chunks = await app.gemini.generate_content_stream(model=app.settings["GEMINI_MODEL"], contents={}, config=config)
@@ -115,8 +115,8 @@ class Turn:
     user: str = ""  # empty for a greeting, and where nothing was understood
     assistant: str = ""
     finished: bool = False  # else the answer is on its way, was cut off, or its process died
-    interrupts: list[str] | None = None  # an earlier turn_id and what was heard of it, if that was cut off
-    began: float = field(default_factory=time.time)  # Unix seconds: for a store that keeps no order
+    interrupts: list[str] | None = None  # the turn_id it cut off, and what was heard of that
+    began: float = field(default_factory=time.time)  # Unix seconds: these two for stores that processes share
 
 
 class Histories(dict[str, dict[str, Turn]]):
@@ -179,9 +179,9 @@ async def speak(request: web.Request, turn: Turn, turn_id: str, answer: Answer |
                         raise RuntimeError("no words")
             except Exception as error:  # noqa: BLE001
                 why = error if isinstance(error, RuntimeError) else getattr(error, "code", "")  # others may hold a key
-                outcome, level = f"failed: {type(error).__name__} {why}", logging.WARNING
                 log.debug("%s: %s", label, "".join(traceback.format_tb(error.__traceback__)))
                 await say(" " * bool(turn.assistant) + APOLOGY)
+                outcome, level = f"failed: {type(error).__name__} {why}", logging.WARNING
             await say({"type": "response.end"})
             turn.finished, outcome = True, outcome or "spoken"
     finally:
@@ -304,7 +304,7 @@ def make_app(settings: dict[str, str] | None = None, reply: Any = reply, histori
 
 
 # ---- the terminal client ---------------------------------------------------------------------------------------------
-async def chat(settings: dict[str, str], make_app: Any = make_app, url: str = "") -> None:
+async def chat(settings: dict[str, str], make_app: Any, url: str = "") -> None:
     """Plays Layercode's part: each line typed is a message, and a barge-in if the agent is still speaking."""
     if not url:
         settings = settings | {"LAYERCODE_WEBHOOK_SECRET": os.urandom(16).hex()}

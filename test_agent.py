@@ -184,7 +184,7 @@ async def test_a_conversation_reaches_gemini_as_it_was_said_and_heard(caller, ge
         ("model", "Sure, the first [interrupted]"),
         ("user", "No, cake!"),
     ]
-    assert greeting == agent.GREETING
+    assert (greeting, gemini.asked[-1]["systemInstruction"]["parts"]) == (agent.GREETING, [{"text": agent.SYSTEM_PROMPT}])
 
 # ---- the signature ------------------------------------------------------------------------------------------
 async def test_a_webhook_is_verified_as_it_was_sent_and_not_as_parsed_and_written_again(caller):
@@ -412,7 +412,7 @@ async def test_when_gemini_fails_an_apology_is_heard_and_the_cause_logged(caller
 
 @pytest.mark.parametrize("status", [500, 502, 503, 504])
 async def test_gemini_is_asked_once_more_where_that_can_help(caller, gemini, status):
-    gemini.scripts = [[status], ["Here I am."], [status], [status]]
+    gemini.scripts = [[status], [chunk("Here I am.", "MAX_TOKENS")], [status], [status]]  # a long answer is one, too
     assert [await caller.say("hello") for _ in range(2)] == ["Here I am.", agent.APOLOGY]
     assert len(gemini.asked) == 4
 

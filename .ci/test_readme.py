@@ -1,6 +1,7 @@
 """The blocks of README.md that no other test runs: the wire in shell, the example of reply(), nginx."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -67,6 +68,24 @@ async def test_barge_in_works_through_nginx(caller, gemini, tmp_path, unused_tcp
     finally:
         nginx.terminate()
         await nginx.wait()
+
+
+async def test_failed_in_the_log_means_that_the_caller_heard_the_apology_and_not_that_they_hung_up(start, caplog):
+    async def reply(event, history):
+        yield "Well, "
+        with contextlib.suppress(asyncio.CancelledError):  # so that the next words meet a closed connection
+            await asyncio.Event().wait()
+        over.set()
+        yield "are you there?"
+
+    over, caller = asyncio.Event(), await start(reply=reply)
+    caplog.set_level("INFO")
+    await caller.barge_in("Hi", after="Well, ")
+    async with asyncio.timeout(5):
+        await over.wait()
+        while "interrupted" not in caplog.text:
+            await asyncio.sleep(0)
+    assert "failed" not in caplog.text and "Error" not in caplog.text
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")

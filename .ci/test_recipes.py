@@ -334,7 +334,7 @@ async def test_what_is_cut_off_when_a_process_is_stopped_is_written(pair, gemini
     for caller, response in zip(callers, responses, strict=True):
         await caller.hear(response, "Well, ")
     process.terminate()
-    await asyncio.to_thread(process.wait)
+    await asyncio.to_thread(process.wait, 40)
     for caller in callers:
         await Layercode(pair[0].http, pair[0].url, caller.conversation).say("Go on.")
         assert gemini.heard()[1] == ("model", "Well,  [interrupted]")
