@@ -1,349 +1,1739 @@
-"""A backend for a Layercode voice agent: signed webhook in, speech out, in one file.
+"""A backend for Layercode voice agents: signed webhooks in, speech out, in one file.
 
-caller ── audio ──► Layercode ── POST /agent, signed JSON ──► agent.py ──► Gemini
-caller ◄─ audio ─── Layercode ◄── Server-Sent Events ──────── agent.py ◄── text
-browser ── POST /authorize ──► agent.py ── with the API key ──► Layercode REST API
-python agent.py             serve Layercode's webhooks and authorize browsers
-python agent.py chat [URL]  talk in the terminal to this agent, keys or not, or to one elsewhere by its webhook's URL
+    caller ── audio ──► Layercode ── POST /agent, signed JSON ──► agent.py ──► Gemini
+    caller ◄─ audio ─── Layercode ◄── Server-Sent Events ──────── agent.py ◄── text
+    browser ── POST /authorize ──► agent.py ── with the API key ──► Layercode REST API
+
+    python agent.py             serve Layercode's webhooks and authorize browsers
+    python agent.py chat        talk to this agent in the terminal, with or without keys
+    python agent.py chat URL    talk to the agent behind a webhook's URL
+
+An agent of your own is a file beside this one:
+
+    from agent import Agent, main
+
+    class Pizza(Agent):
+        greeting = "Luigi's Pizza! What can I get you?"
+        persona = "You take orders for Luigi's Pizza in Leeds."
+
+    if __name__ == "__main__":
+        main(Pizza)
 """
 
-import asyncio, contextvars, fnmatch, hashlib, hmac, json, logging, os
-import pathlib, re, select, sys, time, traceback, types, weakref
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import fnmatch
+import hashlib
+import hmac
+import importlib
+import json
+import logging
+import os
+import secrets
+import shlex
+import sys
+import sysconfig
+import threading
+import time
+import traceback
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from collections.abc import Awaitable
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import Any
-from aiohttp import ClientError, ClientSession, TCPConnector, web
+from typing import Generic
+from typing import TypedDict
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+if TYPE_CHECKING:
+    from google.genai.errors import APIError
+    from google.genai.types import GenerateContentConfigDict
+    from google.genai.types import GenerateContentResponse
 
 log = logging.getLogger("agent")
-Event = dict[str, Any]  # a webhook, or one event of the answer
-Answer = AsyncGenerator[str | Event, None]  # words to speak and events to send, as they come
-running = contextvars.ContextVar[Any]("running")  # the app at work: see make_app()
-answering: Any = weakref.WeakValueDictionary()  # in a conversation, the task that speaks; gone when it ends
 
-# ---- settings --------------------------------------------------------------------------------------------------------
-VARIABLES = {  # name: default, what can be right, what is missing without it
-    "LAYERCODE_WEBHOOK_SECRET": ("", ".*", "all webhooks will be refused. Dashboard: your agent, Your Backend, Edit"),
-    "GOOGLE_GENERATIVE_AI_API_KEY": ("", ".*", "replies are an offline stand-in's. https://aistudio.google.com/apikey"),
-    "LAYERCODE_API_KEY": ("", ".*", "no browser can be authorized. Dashboard: Settings"),
-    "GEMINI_MODEL": ("gemini-3.5-flash-lite", r"\S+", ""),
-    "LAYERCODE_AGENT_ID": ("", ".*", ""),  # if set, the only agent that browsers are authorized for
-    "ALLOWED_ORIGINS": ("*://localhost,*://localhost:*,*://127.0.0.1,*://127.0.0.1:*", r"(\S+://[^\s,/]+[\s,]*)+", ""),
-    "HOST": ("127.0.0.1", r"\S+", ""),
-    "PORT": ("3000", r"[0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]", ""),
-    "LAYERCODE_API_URL": ("https://api.layercode.com", r"https?://[^\s/]+", ""),
-    "LOG_LEVEL": ("INFO", "DEBUG|INFO|WARNING|ERROR", ""),
+# A JSON object: a webhook of Layercode's, or an event for Layercode.
+Event = dict[str, Any]
+# What greet() and reply() yield: a str is spoken, an Event is sent as it is.
+Speech = AsyncGenerator[str | Event, None]
+Piece = TypeVar("Piece")
+
+# ---- Limits --------------------------------------------------------------------------
+
+# Seconds that a caller hears nothing before the apology takes an answer's place.
+PATIENCE = 8.0
+# Seconds after which a model that has said nothing is asked a second time.
+ASK_AGAIN_AFTER = 2.5
+# Seconds that Layercode may take to accept a frame before it counts as gone.
+WRITE_PATIENCE = 5.0
+# Seconds that a request may take to send its body.
+BODY_PATIENCE = 5.0
+# Seconds that Layercode's REST API may take to authorize a browser.
+AUTHORIZE_PATIENCE = 10.0
+# Seconds that Gemini may take to accept a connection ahead of the first question.
+WARM_UP_PATIENCE = 10.0
+# Seconds that Gemini may take to end its stream after the last word, which
+# leaves the connection free for the next question.
+STREAM_END_PATIENCE = 0.1
+# Seconds that replies may go on for when the server is stopped. With the rest
+# of the stop that is less than the 10 seconds that `docker stop` waits.
+GRACE = 7.0
+# Seconds that a signature may be off, as in Layercode's Node SDK 1.2.1.
+TOLERANCE = 300
+# Bytes of a request's body, and of an answer of Layercode's REST API.
+MAX_BODY = 2**20
+# Turns of a conversation that are kept and sent to the model.
+MAX_TURNS = 50
+# Conversations that are kept in memory.
+MAX_CONVERSATIONS = 10_000
+
+
+class RunnerOptions(TypedDict):
+    """What aiohttp's web.run_app() and web.AppRunner() must be told."""
+
+    handler_cancellation: bool
+    auto_decompress: bool
+    keepalive_timeout: float
+    lingering_time: float
+    shutdown_timeout: float
+    access_log: logging.Logger | None
+
+
+# For your own runner, too: web.run_app(your_app, **RUNNER_OPTIONS).
+RUNNER_OPTIONS: RunnerOptions = {
+    # A dropped connection is how Layercode tells that the caller interrupts.
+    "handler_cancellation": True,
+    # Layercode compresses nothing. A stranger's 1 MB can inflate to 1 GB.
+    "auto_decompress": False,
+    # Seconds. Longer than proxies keep theirs: 60 in nginx, 90 in cloudflared.
+    "keepalive_timeout": 120,
+    # Seconds to go on reading a body after the request was answered.
+    "lingering_time": 2,
+    # Seconds; aiohttp waits twice as long, after Webhook.stop().
+    "shutdown_timeout": 1,
+    "access_log": None,
 }
-DOTENV = r"""(?m)^\s*(?:export\s+)?(\w+)[ \t]*=[ \t]*(?:'(.*?)'|"((?:\\.|[^"\\])*)"|(.*?))[ \t]*(?:(?<=\s)#.*)?$"""
+
+# ---- Settings ------------------------------------------------------------------------
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+THINKING_LEVELS = ("minimal", "low", "medium", "high")
+LOCAL_PAGES = (
+    "*://localhost,*://localhost:*,*://127.0.0.1,*://127.0.0.1:*,*://[::1],*://[::1]:*"
+)
 
 
-def load_settings() -> dict[str, str]:
-    """VARIABLES from the environment, else .env, else the default. Raises ValueError naming what cannot be right."""
-    file = pathlib.Path(__file__).with_name(".env")
-    lines = re.findall(DOTENV, file.read_text("utf-8-sig")) if file.exists() else []
-    given = {key: single or re.sub(r"\\(.)", r"\1", double) or bare for key, single, double, bare in lines} | os.environ
-    settings = {name: given.get(name, "").strip() or default for name, (default, _, _) in VARIABLES.items()}
-    if wrong := [f"{name}={value}" for name, value in settings.items() if not re.fullmatch(VARIABLES[name][1], value)]:
-        raise ValueError(f"{wrong[0]} cannot be right: see .env.example")
-    return settings
+class SettingsError(ValueError):
+    """A setting that cannot be right; the message names it."""
 
 
-# ---- the agent: make it yours ----------------------------------------------------------------------------------------
-SYSTEM_PROMPT = """You're a friendly voice assistant on a call. Your words are read aloud: write plain spoken sentences,
-no Markdown, lists, emoji or symbols; spell out numbers, dates and units; use contractions; always punctuate. One or two
-sentences will do unless asked for more. [interrupted] marks where the caller stopped hearing you; never write it."""
-GREETING, WELCOME_BACK = "Hi there! How can I help you today?", "Welcome back! Where were we?"
-APOLOGY = "Sorry, I didn't get that. Could you say it again?"  # for what can't be understood, and what fails
-PATIENCE, AUTHORIZE_PATIENCE = 8.0, 10.0  # seconds to wait: for reply()'s next word, then for Layercode's REST API
-RETRY = {"attempts": 2, "initial_delay": 0.25, "jitter": 0, "http_status_codes": [500, 502, 503, 504]}  # of Gemini, s
-TOLERANCE = 300  # seconds that a signature may be off, as in Layercode's Node SDK
-MAX_TURNS, MAX_CONVERSATIONS = 50, 10_000  # the last ones: sent to the model, kept in memory
-FORWARDED = "agent_id", "conversation_id", "metadata", "sdk_version"  # "config" would let visitors replace the webhook
+@dataclass(frozen=True)
+class Settings:
+    """The variables of .env.example, each as a field of the same name.
+
+    An agent with settings of its own adds fields in a subclass. A field's default
+    makes it a text or a number. Raises SettingsError for what cannot be right.
+    """
+
+    layercode_webhook_secret: str = dataclasses.field(default="", repr=False)
+    google_generative_ai_api_key: str = dataclasses.field(default="", repr=False)
+    layercode_api_key: str = dataclasses.field(default="", repr=False)
+    gemini_model: str = "gemini-3.5-flash-lite"
+    gemini_thinking: str = ""
+    layercode_agent_id: str = ""
+    allowed_origins: str = LOCAL_PAGES
+    host: str = "127.0.0.1"
+    port: int = 3000
+    layercode_api_url: str = "https://api.layercode.com"
+    log_level: str = "INFO"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise SettingsError(f"PORT={self.port} is not a port: see .env.example")
+        if self.log_level not in LOG_LEVELS:
+            choices = ", ".join(LOG_LEVELS)
+            raise SettingsError(f"LOG_LEVEL={self.log_level} is not one of {choices}")
+        thinking = self.gemini_thinking
+        is_budget = thinking.removeprefix("-").isdecimal()
+        if thinking and not is_budget and thinking not in THINKING_LEVELS:
+            choices = ", ".join(THINKING_LEVELS)
+            raise SettingsError(
+                f"GEMINI_THINKING={thinking} is neither one of {choices} nor a number"
+            )
+        if not self.layercode_api_url.startswith(("http://", "https://")):
+            raise SettingsError(
+                f"LAYERCODE_API_URL={self.layercode_api_url} is not a URL"
+            )
+        for origin in self.origins():
+            if not is_origin(origin):
+                raise SettingsError(
+                    f"ALLOWED_ORIGINS={self.allowed_origins} cannot be right: "
+                    f"{origin} is not like https://app.example.com"
+                )
+
+    @classmethod
+    def load(cls) -> Settings:
+        """The settings of the environment, else of .env, else the defaults.
+
+        The .env stands beside this file. Raises SettingsError.
+        """
+        given = read_dotenv(Path(__file__).with_name(".env")) | dict(os.environ)
+        values: dict[str, Any] = {}
+        for one in dataclasses.fields(cls):
+            name = one.name.upper()
+            text = given.get(name, "").strip()
+            if not text:
+                continue
+            values[one.name] = text
+            # A port is a number because its default is one.
+            if isinstance(one.default, int):
+                try:
+                    values[one.name] = int(text)
+                except ValueError:
+                    raise SettingsError(f"{name}={text} is not a number") from None
+        return cls(**values)
+
+    def origins(self) -> list[str]:
+        """The allowed origins, one by one. A * stands for any text."""
+        return self.allowed_origins.replace(",", " ").split()
+
+    def missing(self) -> list[str]:
+        """A sentence for each setting that a caller would miss."""
+        sentences = []
+        if not self.layercode_webhook_secret:
+            sentences.append(
+                "LAYERCODE_WEBHOOK_SECRET is not set: every webhook will be refused. "
+                "Layercode's dashboard has it: your agent, Your Backend, Edit."
+            )
+        if not self.google_generative_ai_api_key:
+            sentences.append(
+                "GOOGLE_GENERATIVE_AI_API_KEY is not set: an offline stand-in "
+                "replies. Get a key at https://aistudio.google.com/apikey."
+            )
+        if not self.layercode_api_key:
+            sentences.append(
+                "LAYERCODE_API_KEY is not set: no browser can be authorized. "
+                "Layercode's Dashboard has it: Settings."
+            )
+        return sentences
 
 
-async def reply(event: Event, history: list["Turn"]) -> Answer:
-    """Yields the answer to history's last turn: a str is spoken, a dict sent as an event. event is the webhook."""
-    if not running.get().gemini:  # the offline stand-in, which says the history's last three turns, newest first
-        said = "' and before that '".join(turn.user for turn in history[:-4:-1] if turn.user)
-        for word in f"I'm the offline stand-in. You said '{said}'. Set GOOGLE_GENERATIVE_AI_API_KEY for Gemini".split():
-            yield word + " "
-            await asyncio.sleep(0.1)  # a pace at which a person at the terminal can interrupt
-        return
-    async with aclosing(ask(contents(history))) as chunks:
-        async for chunk in chunks:
-            if text := chunk.text:
-                yield text
+def is_origin(text: str) -> bool:
+    """Whether text is a scheme and a host, as in https://app.example.com:8080."""
+    scheme, separator, host = text.partition("://")
+    return bool(scheme and separator and host) and "/" not in host
 
 
-async def ask(said: list[Event], **config: Any) -> AsyncGenerator[Any, None]:
-    """Yields Gemini's chunks in answer to contents(); config is the SDK's. Raises RuntimeError at an end like SAFETY."""
-    app, raw = running.get(), {"contents": said, "systemInstruction": {"parts": [{"text": SYSTEM_PROMPT}]}}
-    config |= {"automatic_function_calling": {"disable": True}, "http_options": {"extra_body": raw}}  # fills contents
-    chunks = await app.gemini.generate_content_stream(model=app.settings["GEMINI_MODEL"], contents={}, config=config)
+def read_dotenv(file: Path) -> dict[str, str]:
+    """The variables of a .env file, read as a shell reads it; none without a file.
+
+    Raises SettingsError for a quote that is not closed.
+    """
+    if not file.exists():
+        return {}
     try:
-        async for chunk in chunks:
-            yield chunk
-            if chunk.candidates and chunk.candidates[0].finish_reason not in (None, "STOP", "MAX_TOKENS"):
-                raise RuntimeError(f"Gemini ended with {chunk.candidates[0].finish_reason.name}")
-    finally:  # cancelled as it reads, the SDK frees its connection; closed at a yield, only the garbage collector does
-        with suppress(Exception):
-            async with asyncio.timeout(0):
-                [_ async for _ in chunks]
+        words = shlex.split(file.read_text("utf-8-sig"), comments=True)
+    except ValueError as error:
+        raise SettingsError(f"{file} cannot be read: {error}") from None
+    variables = {}
+    for word in words:
+        name, separator, value = word.partition("=")
+        if separator:
+            variables[name] = value
+    return variables
 
 
-def contents(history: list["Turn"]) -> list[Event]:
-    """What Gemini is sent: user and model in turn, user first and last, nothing unheard; SDK objects are slower."""
-    said: list[Event] = [{"role": "user", "parts": []}]
-    for turn in history:
-        said[-1]["parts"].append({"text": turn.user or "(The caller says nothing.)"})
-        if turn.assistant:
-            words = turn.assistant if turn.finished else turn.assistant + " [interrupted]"
-            said += [{"role": "model", "parts": [{"text": words}]}, {"role": "user", "parts": []}]
+# ---- History -------------------------------------------------------------------------
+
+# Stands for the caller's words in a greeting's turn.
+SILENCE = "(The caller says nothing.)"
+
+
+@dataclass(slots=True)
+class Turn:
+    """What the caller said, and what became of the answer."""
+
+    # Empty for a greeting, and where nothing was understood.
+    user: str = ""
+    # The words that were written to Layercode.
+    spoken: str = ""
+    # False while it is spoken, if it was cut off, and if its process died.
+    finished: bool = False
+    # What the caller heard of an answer they interrupted. Layercode reports it
+    # with a later webhook, and whatever else is known, it is what counts.
+    heard: str | None = None
+    # What reply() did beside speaking, as contents for the model: see the tools
+    # recipe in README.md.
+    done: Sequence[Event] = ()
+    # What the log line says of the turn beside its figures.
+    remark: str = dataclasses.field(default="", compare=False)
+
+    def answer(self) -> str:
+        """The answer as the caller heard it, for the model."""
+        if self.finished and self.heard is None:
+            return self.spoken
+        words = self.spoken if self.heard is None else self.heard
+        if not words and not self.done:
+            return ""
+        return f"{words} [interrupted]".lstrip()
+
+
+class Histories:
+    """What was said in each conversation, in memory.
+
+    A store of your own has the same two methods. It may fail or wait: the caller
+    hears the apology, or what there is without it.
+    """
+
+    def __init__(self) -> None:
+        # The least recently used conversation comes first.
+        self._conversations: dict[str, dict[str, Turn]] = {}
+        self._being_answered: set[str] = set()
+
+    async def load(self, conversation: str) -> dict[str, Turn]:
+        """The conversation's turns by turn_id, in order; none if it is new."""
+        return dict(self._conversations.get(conversation, {}))
+
+    async def record(self, conversation: str, turn_id: str, **facts: Any) -> None:
+        """Sets fields of a Turn, which is a new one if its turn_id is new.
+
+        Each fact is told once: `user` before the model is asked, `spoken` and
+        `finished` when the answer is over or cut off, `heard` when it is reported,
+        be that before or after the other facts.
+        """
+        turns = self._conversations.pop(conversation, {})
+        self._conversations[conversation] = turns
+        turns[turn_id] = dataclasses.replace(turns.get(turn_id, Turn()), **facts)
+        if len(turns) > MAX_TURNS:
+            del turns[next(iter(turns))]
+        if "user" in facts:
+            self._being_answered.add(conversation)
+        if "finished" in facts:
+            self._being_answered.discard(conversation)
+        if len(self._conversations) > MAX_CONVERSATIONS:
+            self._forget_one()
+
+    def _forget_one(self) -> None:
+        for conversation in self._conversations:
+            if conversation not in self._being_answered:
+                del self._conversations[conversation]
+                return
+
+
+def contents(history: list[Turn]) -> list[Event]:
+    """What Gemini is sent of a history whose last turn is to be answered.
+
+    The caller and the model take turns, the caller comes first and last, and
+    nothing is in it that the caller did not hear.
+    """
+    said: list[Event] = []
+    unanswered: list[Event] = []
+    for turn in history[:-1]:
+        unanswered.append({"text": turn.user or SILENCE})
+        answer = turn.answer()
+        if answer:
+            said.append({"role": "user", "parts": unanswered})
+            said.extend(turn.done)
+            said.append({"role": "model", "parts": [{"text": answer}]})
+            unanswered = []
+    last = history[-1]
+    unanswered.append({"text": last.user or SILENCE})
+    said.append({"role": "user", "parts": unanswered})
+    said.extend(last.done)
     return said
 
 
-async def may_authorize(request: web.Request) -> bool:
-    """Whether this visitor may talk to the agent: put your own log-in check here."""
-    return True
+# ---- The signature -------------------------------------------------------------------
 
 
-# ---- history: what was said and heard --------------------------------------------------------------------------------
-@dataclass(slots=True)
-class Turn:
-    """What the caller said, and what was written in answer so far."""
-
-    user: str = ""  # empty for a greeting, and where nothing was understood
-    assistant: str = ""
-    finished: bool = False  # else the answer is on its way, was cut off, or its process died
-    interrupts: list[str] | None = None  # the turn_id it cut off, and what was heard of that
-    began: float = field(default_factory=time.time)  # Unix seconds: these two for stores that processes share
-
-
-class Histories(dict[str, dict[str, Turn]]):
-    """Conversations in memory; beyond MAX_CONVERSATIONS the least recently used goes, unless it is being answered."""
-
-    async def load(self, conversation: str) -> dict[str, Turn]:
-        """The conversation's turns by turn_id, in order; empty if it is new."""
-        turns = self.pop(conversation, {})  # to be put back as the last, the most recently used
-        if len(self) >= MAX_CONVERSATIONS:
-            self.pop(next((name for name in self if name not in answering), ""), None)
-        return self.setdefault(conversation, turns)
-
-    async def save(self, conversation: str, turn_id: str, turn: Turn) -> None:
-        """Keeps the turn: called before the model is asked, and again when the answer is over."""
-        self.setdefault(conversation, {})[turn_id] = turn
-
-
-# ---- the signature ---------------------------------------------------------------------------------------------------
 def sign(body: bytes, secret: str, timestamp: str = "") -> str:
-    """The layercode-signature header for body: t=<Unix seconds>,v1=<hex HMAC-SHA256 of "<t>.<body>">."""
+    """The layercode-signature header for a body: "t=<Unix seconds>,v1=<hex>".
+
+    The hex is the HMAC-SHA256 of "<t>.<body>". Without a timestamp, it is signed now.
+    """
     timestamp = timestamp or str(int(time.time()))
-    return f"t={timestamp},v1={hmac.new(secret.encode(), f'{timestamp}.'.encode() + body, hashlib.sha256).hexdigest()}"
+    signed = timestamp.encode() + b"." + body
+    digest = hmac.new(secret.encode(), signed, hashlib.sha256).hexdigest()
+    return f"t={timestamp},v1={digest}"
 
 
 def verify(header: str, body: bytes, secret: str) -> bool:
-    """Whether header signs body, the bytes as received: the same JSON, parsed and written again, may have others."""
-    match = re.search(r"t=([1-9][0-9]*)(,v1=[0-9a-fA-F].*)", header)
-    if not match or abs(int(time.time()) - float(match[1])) > TOLERANCE:
+    """Whether the header signs the body, and did so within TOLERANCE seconds.
+
+    The body is the bytes as they were received: the same JSON, parsed and written
+    again, may have other bytes. Of several v1 signatures, which there are while a
+    secret is being rotated, one must be right.
+    """
+    timestamp = ""
+    signatures = []
+    for part in header.split(","):
+        name, _, value = part.partition("=")
+        if name == "t":
+            timestamp = value
+        if name == "v1":
+            signatures.append(value)
+    is_number = timestamp.isascii() and timestamp.isdecimal() and len(timestamp) < 20
+    if not is_number or abs(time.time() - int(timestamp)) > TOLERANCE:
         return False
-    expected = sign(body, secret, match[1]).partition("v1=")[2]
-    return any(hmac.compare_digest(expected, given) for given in re.findall(r",v1=([0-9a-fA-F]+)", match[2]))
+    expected = sign(body, secret, timestamp).partition("v1=")[2].encode()
+    # Bytes: compare_digest() refuses to compare a text that is not ASCII.
+    given = [signature.encode(errors="replace") for signature in signatures]
+    return any(hmac.compare_digest(expected, one) for one in given)
 
 
-# ---- speech out ------------------------------------------------------------------------------------------------------
-async def speak(request: web.Request, turn: Turn, turn_id: str, answer: Answer | str, label: str) -> web.StreamResponse:
-    """Streams answer as it comes, APOLOGY in the place of what fails or stalls; turn tells how far it got."""
-    outcome, level, times = "", logging.INFO, [time.monotonic()]
-    response = web.StreamResponse(headers={"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"})
-    response.content_type = "text/event-stream"
+# ---- Asking a model ------------------------------------------------------------------
 
-    async def say(piece: str | Event) -> None:
-        event = {"type": "response.tts", "content": piece} if isinstance(piece, str) else piece
-        await response.write(f"data: {json.dumps({**event, 'turn_id': turn_id})}\n\n".encode())
-        turn.assistant += piece if isinstance(piece, str) else ""  # only now that it is written
-        if event.get("type") not in ("response.data", "response.end"):  # which nobody hears
-            times.append(time.monotonic())
 
+class ModelError(Exception):
+    """The model did not answer as it should. The message may be logged.
+
+    A refusal is what the model would say again, were it asked again.
+    """
+
+    def __init__(self, message: str, refusal: bool = False) -> None:
+        super().__init__(message)
+        self.refusal = refusal
+
+
+class Ask(Generic[Piece]):
+    """A model that has been asked once, on its way to its first word."""
+
+    def __init__(
+        self, pieces: AsyncGenerator[Piece, None], speaks: Callable[[Piece], bool]
+    ) -> None:
+        self.pieces = pieces
+        self.speaks = speaks
+        self.opening = asyncio.create_task(self._read_opening())
+
+    async def _read_opening(self) -> list[Piece]:
+        """The pieces up to the first that speaks."""
+        opening = []
+        async for piece in self.pieces:
+            opening.append(piece)
+            if self.speaks(piece):
+                return opening
+        raise ModelError("no words")
+
+    def why_again(self) -> str:
+        """Why the model should be asked again by now; empty if it should not."""
+        if not self.opening.done():
+            return f"no word in {ASK_AGAIN_AFTER} s"
+        error = self.opening.exception()
+        if error is None or (isinstance(error, ModelError) and error.refusal):
+            return ""
+        return cause(error)
+
+    async def close(self) -> None:
+        """Ends it, wherever it is."""
+        self.opening.cancel()
+        await asyncio.gather(self.opening, return_exceptions=True)
+        await self.pieces.aclose()
+
+
+async def ask_twice(
+    ask: Callable[[], AsyncGenerator[Piece, None]],
+    speaks: Callable[[Piece], bool],
+    turn: Turn,
+) -> AsyncGenerator[Piece, None]:
+    """Yields what ask() yields, and calls it once more where the first word is missing.
+
+    That is after ASK_AGAIN_AFTER seconds without a piece that speaks(), or at once
+    when the first ask fails. Both then race, so that a model that is slow by its
+    nature is not made slower, and the loser is closed. After a word was spoken
+    nothing is asked again. turn.remark says why it was. Raises what the last of
+    them raises if neither speaks.
+    """
+    asks = [Ask(ask(), speaks)]
     try:
-        with suppress(ConnectionResetError):  # the caller hung up: APOLOGY can't be written either
-            await response.prepare(request)
-            try:
-                if isinstance(answer, str):
-                    await say(answer)
-                else:
-                    async with asyncio.timeout(PATIENCE) as patience, aclosing(answer):
-                        async for piece in answer:
-                            await say(piece)
-                            patience.reschedule(asyncio.get_running_loop().time() + PATIENCE)
-                    if len(times) == 1:
-                        raise RuntimeError("no words")
-            except Exception as error:  # noqa: BLE001
-                why = error if isinstance(error, RuntimeError) else getattr(error, "code", "")  # others may hold a key
-                log.debug("%s: %s", label, "".join(traceback.format_tb(error.__traceback__)))
-                await say(" " * bool(turn.assistant) + APOLOGY)
-                outcome, level = f"failed: {type(error).__name__} {why}", logging.WARNING
-            await say({"type": "response.end"})
-            turn.finished, outcome = True, outcome or "spoken"
+        await asyncio.wait([asks[0].opening], timeout=ASK_AGAIN_AFTER)
+        why = asks[0].why_again()
+        if why:
+            turn.remark = f"asked twice: {why}"
+            asks.append(Ask(ask(), speaks))
+        winner = await first_to_speak(asks)
+        for one in asks:
+            if one is not winner:
+                await one.close()
+        for piece in winner.opening.result():
+            yield piece
+        async for piece in winner.pieces:
+            yield piece
     finally:
-        figures = 1000 * (times[len(times) > 1] - times[0]), 1000 * (time.monotonic() - times[0]), len(times) - 1
-        log.log(level, "%s %s first_word=%.0fms total=%.0fms chunks=%d", label, outcome or "interrupted", *figures)
-    return response
+        for one in asks:
+            await one.close()
 
 
-# ---- endpoints -------------------------------------------------------------------------------------------------------
+async def first_to_speak(asks: list[Ask[Piece]]) -> Ask[Piece]:
+    """The ask whose first word comes first. Raises the last error if none has one."""
+    waiting = {one.opening: one for one in asks}
+    while True:
+        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for opening in done:
+            one = waiting.pop(opening)
+            if opening.exception() is None or not waiting:
+                opening.result()
+                return one
+
+
+class Gemini:
+    """Gemini, by google-genai, with a connection that is open before it is needed."""
+
+    def __init__(self, settings: Settings, http: aiohttp.ClientSession) -> None:
+        # Importing it takes longer than all the rest, so only with a key.
+        from google import genai
+        from google.genai.types import HttpOptions
+        from google.genai.types import HttpRetryOptions
+
+        options = HttpOptions(
+            aiohttp_client=http,
+            # Left alone, it sleeps for seconds and asks again: see ask_twice().
+            retry_options=HttpRetryOptions(attempts=1),
+        )
+        key = settings.google_generative_ai_api_key
+        client = genai.Client(api_key=key, http_options=options)
+        self.settings = settings
+        self.models = client.aio.models
+        self.warming_up: asyncio.Task[None] | None = None
+
+    def warm_up(self) -> None:
+        """Connects in the background, unless that is already going on."""
+        if self.warming_up is None or self.warming_up.done():
+            self.warming_up = asyncio.create_task(self._connect())
+
+    async def _connect(self) -> None:
+        from google.genai.errors import APIError
+
+        try:
+            async with asyncio.timeout(WARM_UP_PATIENCE):
+                await self.models.get(model=self.settings.gemini_model)
+        except APIError as error:
+            log.warning("Gemini will not answer: %s", self._explain(error))
+        except Exception as error:
+            log.debug("Gemini could not be reached ahead of a call: %s", cause(error))
+
+    async def close(self) -> None:
+        """Ends what goes on in the background."""
+        if self.warming_up is not None:
+            self.warming_up.cancel()
+            await asyncio.gather(self.warming_up, return_exceptions=True)
+
+    async def ask(
+        self, said: list[Event], instruction: str, config: GenerateContentConfigDict
+    ) -> AsyncGenerator[GenerateContentResponse, None]:
+        """Asks once and yields Gemini's chunks, up to the one with the finish reason.
+
+        Raises ModelError for an answer that is blocked or incomplete, and for
+        Gemini's own errors; aiohttp's errors pass.
+        """
+        from google.genai.errors import APIError
+
+        request = self._request(said, instruction, config)
+        model = self.settings.gemini_model
+        finished = False
+        try:
+            chunks = await self.models.generate_content_stream(
+                model=model, contents={}, config=request
+            )
+            try:
+                async for chunk in chunks:
+                    finished = is_last(chunk)
+                    yield chunk
+                    if finished:
+                        return
+            finally:
+                await let_go(chunks, STREAM_END_PATIENCE if finished else 0)
+        except APIError as error:
+            raise self._explain(error) from error
+        raise ModelError("the answer broke off without a finish reason")
+
+    def _request(
+        self, said: list[Event], instruction: str, config: GenerateContentConfigDict
+    ) -> GenerateContentConfigDict:
+        # google-genai takes 0.25 ms of everybody's time to build each message. What
+        # it is handed as extra_body it only merges, 40 turns in 1.5 ms, and that
+        # takes the place of the empty contents.
+        body: Event = {"contents": said}
+        if "system_instruction" not in config:
+            body["systemInstruction"] = {"parts": [{"text": instruction}]}
+        request: GenerateContentConfigDict = {
+            "automatic_function_calling": {"disable": True},
+            "http_options": {"extra_body": body},
+        }
+        thinking = self.settings.gemini_thinking
+        if thinking in THINKING_LEVELS:
+            from google.genai.types import ThinkingLevel
+
+            request["thinking_config"] = {"thinking_level": ThinkingLevel(thinking)}
+        elif thinking:
+            request["thinking_config"] = {"thinking_budget": int(thinking)}
+        return {**request, **config}
+
+    def _explain(self, error: APIError) -> ModelError:
+        """An error in Gemini's own words for it, but without its message."""
+        told = f"{type(error).__name__} {error.code} {error.status}"
+        if "API_KEY_INVALID" in str(error.details):
+            told += " API_KEY_INVALID"
+        elif error.code == 400 and "thinking" in str(error.message).lower():
+            told += f": does GEMINI_THINKING={self.settings.gemini_thinking} suit "
+            told += f"GEMINI_MODEL={self.settings.gemini_model}?"
+        elif error.code == 404:
+            told += f": is GEMINI_MODEL={self.settings.gemini_model} right?"
+        return ModelError(told, refusal=error.code in (400, 401, 403, 404, 429))
+
+
+def is_last(chunk: GenerateContentResponse) -> bool:
+    """Whether a chunk ends the answer as it should. Raises ModelError if not so."""
+    feedback = chunk.prompt_feedback
+    if feedback and feedback.block_reason:
+        raise ModelError(f"Gemini blocked the prompt: {feedback.block_reason.name}")
+    if not chunk.candidates or not chunk.candidates[0].finish_reason:
+        return False
+    reason = chunk.candidates[0].finish_reason.name
+    if reason not in ("STOP", "MAX_TOKENS"):
+        raise ModelError(f"Gemini ended the answer: {reason}")
+    return True
+
+
+async def let_go(chunks: AsyncIterator[GenerateContentResponse], wait: float) -> None:
+    """Has google-genai free the connection of a stream, within `wait` seconds.
+
+    A stream that is read to its end leaves its connection to the next question.
+    One that is cancelled while it is read closes it. One that is closed between two
+    chunks would keep it until the garbage collector comes: googleapis/python-genai,
+    issue 2425.
+    """
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(wait):
+            async for _ in chunks:
+                pass
+
+
+def speaks(chunk: GenerateContentResponse) -> bool:
+    """Whether a chunk has words, or asks for a tool."""
+    return bool(plain(chunk.text).strip() or chunk.function_calls)
+
+
+def plain(words: str | None) -> str:
+    """Words without the asterisks and backticks that would be read aloud."""
+    return (words or "").replace("*", "").replace("`", "")
+
+
+async def stand_in(history: list[Turn]) -> AsyncGenerator[str, None]:
+    """What is said where there is no model: the last three turns, newest first."""
+    said = [turn.user for turn in history if turn.user]
+    recalled = "' and before that '".join(reversed(said[-3:]))
+    words = (
+        f"I'm the offline stand-in. You said '{recalled}'. "
+        "Set GOOGLE_GENERATIVE_AI_API_KEY for Gemini"
+    )
+    for word in words.split():
+        yield word + " "
+        # Slowly enough for a person to interrupt.
+        await asyncio.sleep(0.1)
+
+
+# ---- The agent: make it yours --------------------------------------------------------
+
+
+class Agent:
+    """A voice agent. Make it yours in a subclass: its words, and any of its methods.
+
+    `settings` and `histories` are what it was made with. While it serves, `http` is
+    an aiohttp session for your own requests, and `gemini` is set if there is a key.
+    """
+
+    persona = "You're a friendly voice assistant on a call."
+    voice_rules = (
+        "Your words are read aloud: write plain spoken sentences, no Markdown, lists, "
+        "emoji or symbols; spell out numbers, dates and units; use contractions; "
+        "always punctuate. One or two sentences will do unless asked for more. "
+        "[interrupted] marks where the caller stopped hearing you; never write it."
+    )
+    greeting = "Hi there! How can I help you today?"
+    welcome_back = "Welcome back! Where were we?"
+    # For what cannot be understood, and for what fails.
+    apology = "Sorry, I didn't get that. Could you say it again?"
+
+    http: aiohttp.ClientSession
+
+    def __init__(
+        self, settings: Settings | None = None, histories: Histories | None = None
+    ) -> None:
+        self.settings = Settings.load() if settings is None else settings
+        self.histories = Histories() if histories is None else histories
+        self.gemini: Gemini | None = None
+
+    async def greet(self, event: Event, history: list[Turn]) -> Speech:
+        """Yields what is said when a call begins.
+
+        `event` is the webhook, with the caller's number or your page's metadata.
+        `history` ends with a turn in which the caller has said nothing.
+        """
+        yield self.greeting if len(history) == 1 else self.welcome_back
+
+    async def reply(self, event: Event, history: list[Turn]) -> Speech:
+        """Yields the answer to the last turn of the history, piece by piece.
+
+        A str is spoken the moment it is yielded; a dict is an event for Layercode,
+        such as {"type": "response.data", "content": ...} for the page. It is cancelled
+        when the caller interrupts. Whatever it raises, the caller hears the apology.
+        """
+        if self.gemini is None:
+            async for word in stand_in(history):
+                yield word
+            return
+        async with contextlib.aclosing(self.ask(history)) as chunks:
+            async for chunk in chunks:
+                words = plain(chunk.text)
+                if words:
+                    yield words
+
+    async def notice(self, event: Event) -> Event | None:
+        """Gets each webhook that asks for no speech; gives its answer, if any.
+
+        Those are `data`, `session.update`, `session.end`, a `session.start` without a
+        turn_id, and types that are not known yet. An answer of type response.data is
+        delivered to the page.
+        """
+        return None
+
+    async def admit(self, request: web.Request) -> Event:
+        """Decides who may start a call; gives what Layercode is told about them.
+
+        That may be custom_metadata, which comes with every webhook of the session,
+        custom_headers, or config. Visitors cannot set those three; `metadata` and
+        `conversation_id`, however, are the visitor's own words. Raise
+        web.HTTPForbidden(reason="...") to refuse.
+        """
+        return {}
+
+    def instruction(self) -> str:
+        """What the model is told before the conversation."""
+        return f"{self.persona}\n{self.voice_rules}"
+
+    def ask(
+        self, history: list[Turn], config: GenerateContentConfigDict | None = None
+    ) -> AsyncGenerator[GenerateContentResponse, None]:
+        """Gives Gemini's answer to the last turn as google-genai's chunks.
+
+        `config` is google-genai's, and comes before what is the default here. A
+        question that is not answered in time is asked once more: see ask_twice().
+        Raises ModelError, aiohttp's errors, and RuntimeError without a key.
+        """
+        gemini = self.gemini
+        if gemini is None:
+            raise RuntimeError("GOOGLE_GENERATIVE_AI_API_KEY is not set")
+        said = contents(history)
+        instruction = self.instruction()
+
+        def ask() -> AsyncGenerator[GenerateContentResponse, None]:
+            return gemini.ask(said, instruction, config or {})
+
+        return ask_twice(ask, speaks, history[-1])
+
+    @contextlib.asynccontextmanager
+    async def connected(self) -> AsyncIterator[None]:
+        """Opens `http` and `gemini`. make_app() does it, a test may do it."""
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=300)
+        # Cookies for one visitor must not reach the next.
+        no_cookies = aiohttp.DummyCookieJar()
+        async with aiohttp.ClientSession(
+            connector=connector, cookie_jar=no_cookies
+        ) as self.http:
+            if self.settings.google_generative_ai_api_key:
+                self.gemini = Gemini(self.settings, self.http)
+                self.gemini.warm_up()
+            try:
+                yield
+            finally:
+                if self.gemini is not None:
+                    await self.gemini.close()
+
+    def make_app(self) -> web.Application:
+        """The aiohttp application, to run, or to mount in one of your own.
+
+        A runner of your own needs RUNNER_OPTIONS.
+        """
+        webhook = Webhook(self)
+        pages = Pages(self)
+        app = web.Application(middlewares=[pages.guard], client_max_size=MAX_BODY)
+        app.add_routes(
+            [
+                web.get("/", say_up),
+                web.options("/{path:.*}", say_up),
+                web.post("/agent", webhook.receive),
+                web.post("/api/agent", webhook.receive),
+                web.post("/authorize", pages.authorize),
+                web.post("/api/authorize", pages.authorize),
+            ]
+        )
+
+        async def connections(app: web.Application) -> AsyncIterator[None]:
+            async with self.connected():
+                yield
+
+        app.cleanup_ctx.append(connections)
+        app.on_shutdown.append(webhook.stop)
+        return app
+
+
+# ---- The server ----------------------------------------------------------------------
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Reply:
+    """An answer on its way to Layercode: what was written, and how long it took."""
+
+    def __init__(self, request: web.Request, event: Event) -> None:
+        self.request = request
+        self.event = event
+        self.conversation = conversation_of(event)
+        self.turn_id = text_of(event, "turn_id")
+        self.turn = Turn(user=words_of(event))
+        self.response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream",
+                "Cache-Control": "no-cache, no-transform",
+                # Keeps nginx from holding the stream back.
+                "X-Accel-Buffering": "no",
+            }
+        )
+        self.task = asyncio.current_task()
+        self.over = asyncio.Event()
+        self.recording: asyncio.Task[None] | None = None
+        self.patience: asyncio.Timeout | None = None
+        self.stopped = False
+        self.spoken = ""
+        self.finished = False
+        # Whether the caller could notice it: words, or the end of the call.
+        self.audible = False
+        # Whether it was spoken before, and is because it was delivered twice.
+        self.again = False
+        self.outcome = "interrupted"
+        self.log_level = logging.INFO
+        self.chunks = 0
+        self.started = time.monotonic()
+        self.first_word: float | None = None
+
+    async def say(self, piece: str | Event) -> None:
+        """Writes one piece as a frame. What is written counts as spoken.
+
+        Raises ConnectionResetError if Layercode has gone, or has stopped reading.
+        """
+        if isinstance(piece, str):
+            piece = {"type": "response.tts", "content": clean(piece)}
+        frame = json.dumps({**piece, "turn_id": self.turn_id})
+        try:
+            async with asyncio.timeout(WRITE_PATIENCE):
+                await self.response.write(f"data: {frame}\n\n".encode())
+        except TimeoutError:
+            if self.request.transport is not None:
+                self.request.transport.abort()
+            raise ConnectionResetError("Layercode has stopped reading") from None
+        if piece.get("type") == "response.tts":
+            self._count(str(piece.get("content", "")))
+        if piece.get("type") == "response.hangup":
+            self.audible = True
+        # However many pieces come at once, other callers are served in between.
+        await asyncio.sleep(0)
+
+    def _count(self, words: str) -> None:
+        self.spoken += words
+        self.chunks += 1
+        if words.strip() and self.first_word is None:
+            self.first_word = time.monotonic()
+            self.audible = True
+
+    def be_patient(self) -> None:
+        """Gives the answer PATIENCE seconds for its next piece."""
+        if self.patience is not None and not self.stopped:
+            now = asyncio.get_running_loop().time()
+            self.patience.reschedule(now + PATIENCE)
+
+    def stop(self) -> None:
+        """Ends the answer where it is, as one that was cut off."""
+        self.stopped = True
+        # It may have come to its end just now.
+        with contextlib.suppress(RuntimeError):
+            if self.patience is not None:
+                self.patience.reschedule(asyncio.get_running_loop().time())
+
+    def why(self, error: Exception) -> str:
+        """Why the answer failed, for the log."""
+        if self.patience is not None and self.patience.expired():
+            return f"TimeoutError: nothing came for {PATIENCE:g} s"
+        return cause(error)
+
+    def write_log(self) -> None:
+        """Writes the log line of the turn: how it went, and its figures."""
+        first_word = "none"
+        if self.first_word is not None:
+            first_word = f"{1000 * (self.first_word - self.started):.0f}ms"
+        total = f"{1000 * (time.monotonic() - self.started):.0f}ms"
+        line = f"conversation={self.conversation!r} turn={self.turn_id!r} "
+        line += f"{self.outcome} first_word={first_word} total={total} "
+        line += f"chunks={self.chunks}"
+        if self.turn.remark:
+            line += f" ({self.turn.remark})"
+        log.log(self.log_level, "%s", line)
+
+
+class Webhook:
+    """Answers Layercode's webhooks for an agent: a turn with speech, or a notice."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        # In each conversation, the reply that is being spoken.
+        self.speaking: dict[str, Reply] = {}
+
+    async def receive(self, request: web.Request) -> web.StreamResponse:
+        """Answers a webhook: with speech, or with what notice() gives."""
+        body = await read_body(request)
+        secret = self.agent.settings.layercode_webhook_secret
+        if not secret:
+            raise web.HTTPInternalServerError(
+                reason="LAYERCODE_WEBHOOK_SECRET is not set"
+            )
+        if not verify(request.headers.get("layercode-signature", ""), body, secret):
+            raise web.HTTPUnauthorized(
+                reason="wrong signature: is LAYERCODE_WEBHOOK_SECRET this agent's, "
+                "and the clock right?"
+            )
+        event = parse(body)
+        conversation_of(event)
+        if asks_for_speech(event):
+            return await self.answer(Reply(request, event))
+        return web.json_response(await self.agent.notice(event) or {})
+
+    async def answer(self, reply: Reply) -> web.StreamResponse:
+        """Speaks a reply, to its end or until the caller interrupts.
+
+        The whole story of an interruption: the caller speaks, so Layercode drops the
+        connection. aiohttp then cancels this handler (handler_cancellation), wherever
+        it waits. CancelledError is not an Exception, so it passes the apology by. On
+        its way out it closes reply() and, in it, the stream from Gemini. Here the turn
+        is logged, and recorded with the words that were written and as not finished,
+        which a second cancellation cannot prevent. The caller's next webhook then says
+        how much of it was heard: begin() records that, too, and from then on the model
+        is shown those words and [interrupted]. If that webhook comes before the dropped
+        connection is noticed, begin() cancels the earlier reply and waits for it.
+        """
+        try:
+            await self.speak(reply)
+        finally:
+            reply.write_log()
+            reply.recording = asyncio.create_task(self.record(reply))
+            await asyncio.shield(reply.recording)
+        return reply.response
+
+    async def speak(self, reply: Reply) -> None:
+        """Writes the answer, or the apology in the place of what fails or stalls."""
+        # If Layercode has hung up, the apology cannot be written either.
+        with contextlib.suppress(ConnectionResetError):
+            await reply.response.prepare(reply.request)
+            outcome = "spoken"
+            cut_off = False
+            try:
+                await self.say_all(reply)
+            except Exception as error:
+                cut_off = reply.stopped
+                outcome = "cut off by the stop"
+                if not cut_off:
+                    outcome = f"failed: {reply.why(error)}"
+                    await self.apologize(reply, error)
+            await reply.say({"type": "response.end"})
+            reply.outcome = outcome
+            reply.finished = not cut_off
+
+    async def apologize(self, reply: Reply, error: Exception) -> None:
+        """Says the apology, after what was said before the error."""
+        log_stack(error)
+        reply.log_level = logging.WARNING
+        separator = " " if reply.spoken else ""
+        await reply.say(separator + self.agent.apology)
+
+    async def say_all(self, reply: Reply) -> None:
+        """Writes the pieces of the answer the moment they come."""
+        async with asyncio.timeout(PATIENCE) as reply.patience:
+            async with contextlib.aclosing(await self.begin(reply)) as pieces:
+                async for piece in pieces:
+                    await reply.say(piece)
+                    reply.be_patient()
+        if not reply.audible and not reply.again:
+            raise ModelError("no words")
+
+    async def begin(self, reply: Reply) -> Speech:
+        """Records what the webhook tells, and gives the answer that is to be spoken.
+
+        A webhook may be delivered twice. If its turn is finished, or a later one has
+        begun, the same words are spoken again and nothing changes. If the turn is
+        still being spoken, that reply is cut off, and this delivery gets a new one. If
+        it was cut off and nothing came after it, it gets a new one, too.
+        """
+        histories = self.agent.histories
+        conversation = reply.conversation
+        turn_id = reply.turn_id
+        # Before the model is asked: whatever happens now, no word gets lost.
+        await histories.record(conversation, turn_id, user=reply.turn.user)
+        interruption = interruption_of(reply.event)
+        if interruption is not None:
+            await histories.record(
+                conversation, interruption.turn_id, heard=interruption.heard
+            )
+        turns = await histories.load(conversation)
+        if turns[turn_id].finished or turn_id != list(turns)[-1]:
+            reply.again = True
+            return say_once(turns[turn_id].spoken)
+        while conversation in self.speaking:
+            await self.hush(self.speaking[conversation])
+            turns = await histories.load(conversation)
+        self.speaking[conversation] = reply
+        del turns[turn_id]
+        # A report may come before the turn that it is about is known, or without it.
+        earlier = [turn for turn in turns.values() if turn.user or turn.spoken]
+        history = [*earlier, reply.turn][-MAX_TURNS:]
+        if reply.event["type"] != "message":
+            if self.agent.gemini is not None:
+                # While the caller listens, the connection opens for the first reply.
+                self.agent.gemini.warm_up()
+            return self.agent.greet(reply.event, history)
+        if not reply.turn.user:
+            return say_once(self.agent.apology)
+        return self.agent.reply(reply.event, history)
+
+    async def hush(self, reply: Reply) -> None:
+        """Cuts a reply off and waits until it is recorded."""
+        if reply.task is not None and not reply.finished:
+            reply.task.cancel()
+        await reply.over.wait()
+
+    async def record(self, reply: Reply) -> None:
+        """Records what was spoken; runs in a task of its own, which nobody cancels."""
+        conversation = reply.conversation
+        # Otherwise it was spoken again, or cut off before it had begun.
+        if self.speaking.get(conversation) is not reply:
+            return
+        try:
+            await self.agent.histories.record(
+                conversation,
+                reply.turn_id,
+                spoken=reply.spoken,
+                finished=reply.finished,
+            )
+        except Exception as error:
+            log.error("conversation=%r is not recorded: %s", conversation, cause(error))
+            log_stack(error)
+        finally:
+            del self.speaking[conversation]
+            reply.over.set()
+
+    async def stop(self, app: web.Application) -> None:
+        """Lets the replies in flight end for GRACE seconds, then ends the others."""
+        if not await self._all_over(GRACE):
+            for reply in list(self.speaking.values()):
+                reply.stop()
+            await self._all_over(1)
+
+    async def _all_over(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                for reply in list(self.speaking.values()):
+                    await reply.over.wait()
+        return not self.speaking
+
+
+class Pages:
+    """Answers web pages for an agent: authorizes them, and turns strangers away."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+
+    @web.middleware
+    async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Turns pages of other origins away, and every error into JSON."""
+        origin = request.headers.get("Origin", "")
+        allowed = self._is_allowed(origin)
+        try:
+            if origin and not allowed:
+                raise web.HTTPForbidden(
+                    reason="the page's origin is not in ALLOWED_ORIGINS"
+                )
+            response = await handler(request)
+        except web.HTTPException as error:
+            path, reason = request.path, error.reason
+            who = f"{request.method} {path[:60]!r} from {origin[:60]!r}"
+            log.warning("%s: %d %s", who, error.status, reason)
+            response = refusal(error.status, reason)
+        except ConnectionError:
+            raise
+        except Exception as error:
+            log.error("%s %.60r failed: %s", request.method, request.path, cause(error))
+            log_stack(error)
+            response = refusal(500, "the agent failed: its log says where")
+        if allowed:
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Access-Control-Allow-Headers"] = (
+                "Authorization, Content-Type"
+            )
+            response.headers["Vary"] = "Origin"
+        return response
+
+    def _is_allowed(self, origin: str) -> bool:
+        for pattern in self.agent.settings.origins():
+            # To fnmatch, the [ of an IPv6 address would begin a set of characters.
+            if fnmatch.fnmatchcase(origin, pattern.replace("[", "[[]")):
+                return True
+        return False
+
+    async def authorize(self, request: web.Request) -> web.Response:
+        """Gets a page its session: Layercode's answer, while the API key stays here."""
+        page = parse(await read_body(request))
+        settings = self.agent.settings
+        key = settings.layercode_api_key
+        if not key:
+            raise web.HTTPInternalServerError(reason="LAYERCODE_API_KEY is not set")
+        agent_id = text_of(page, "agent_id", "pipeline_id")
+        if settings.layercode_agent_id not in ("", agent_id):
+            raise web.HTTPForbidden(reason="agent_id is not LAYERCODE_AGENT_ID")
+        # One by one, because Layercode would take more of them: with a config, a
+        # visitor could have the session call a webhook and a model of their own.
+        session: Event = {"agent_id": agent_id}
+        conversation = page.get("conversation_id") or page.get("session_id")
+        if conversation is not None:
+            session["conversation_id"] = conversation
+        for name in ("metadata", "sdk_version"):
+            if page.get(name) is not None:
+                session[name] = page[name]
+        session.update(await self.agent.admit(request))
+        status, body = await self._ask_layercode(session)
+        # An answer that quotes the request must not show the page the key.
+        body = body.replace(key.encode(), b"***")
+        reason = reason_of(status, body)
+        return web.Response(
+            body=body, status=status, reason=reason, content_type="application/json"
+        )
+
+    async def _ask_layercode(self, session: Event) -> tuple[int, bytes]:
+        """Layercode's answer to a request for a session: its status and its body."""
+        settings = self.agent.settings
+        url = (
+            settings.layercode_api_url.rstrip("/") + "/v1/agents/web/authorize_session"
+        )
+        headers = {"Authorization": f"Bearer {settings.layercode_api_key}"}
+        body = bytearray()
+        try:
+            async with (
+                asyncio.timeout(AUTHORIZE_PATIENCE),
+                self.agent.http.post(
+                    url, json=session, headers=headers, allow_redirects=False
+                ) as response,
+            ):
+                async for piece in response.content.iter_any():
+                    body += piece
+                    if len(body) > MAX_BODY:
+                        raise web.HTTPBadGateway(
+                            reason="Layercode's answer does not end"
+                        )
+        except TimeoutError:
+            raise web.HTTPGatewayTimeout(
+                reason=f"Layercode did not answer within {AUTHORIZE_PATIENCE:g} s"
+            ) from None
+        except aiohttp.ClientError as error:
+            raise web.HTTPBadGateway(
+                reason=f"Layercode could not be reached: {type(error).__name__}"
+            ) from None
+        return response.status, bytes(body)
+
+
+async def say_up(request: web.Request) -> web.Response:
+    """Answers health checks, and preflights: Pages.guard() adds their headers."""
+    return web.Response(text="The agent is up.\n")
+
+
+def refusal(status: int, reason: str) -> web.Response:
+    """An error as JSON. The browser SDK shows the page only the reason phrase."""
+    return web.json_response({"error": reason}, status=status, reason=reason)
+
+
+def reason_of(status: int, body: bytes) -> str:
+    """The reason phrase for an answer of Layercode's REST API.
+
+    Raises HTTPBadGateway for an answer that is not for the page.
+    """
+    if status == 200:
+        return "OK"
+    error: object = None
+    if status in (400, 402):
+        with contextlib.suppress(web.HTTPBadRequest):
+            error = parse(body).get("error")
+    if not isinstance(error, str):
+        raise web.HTTPBadGateway(reason=f"Layercode answered {status}")
+    printable = [letter if " " <= letter <= "~" else " " for letter in error]
+    return "".join(printable)[:200]
+
+
+async def say_once(words: str) -> Speech:
+    """Yields the words, if there are any."""
+    if words:
+        yield words
+
+
+async def read_body(request: web.Request) -> bytes:
+    """A request's body as it was sent. Raises HTTPException for one that is not taken.
+
+    That is one that is compressed, larger than MAX_BODY, broken, or too slow.
+    """
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        raise web.HTTPUnsupportedMediaType(reason="a compressed body is not taken")
+    try:
+        async with asyncio.timeout(BODY_PATIENCE):
+            return await request.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(
+            reason=f"the body did not end within {BODY_PATIENCE:g} s"
+        ) from None
+    except web.RequestPayloadError:
+        raise web.HTTPBadRequest(reason="the body is not as its head says") from None
+
+
 def parse(body: bytes) -> Event:
-    """The JSON object in body, rid of lone surrogates, which nothing can encode. Raises HTTPBadRequest."""
-    with suppress(ValueError, TypeError, RecursionError):
-        return dict(json.loads(json.dumps(json.loads(body), ensure_ascii=False).encode(errors="replace")))
-    raise web.HTTPBadRequest(reason="the body is not a JSON object")
+    """The JSON object in a body. Raises HTTPBadRequest if it is none."""
+    event: object = None
+    with contextlib.suppress(ValueError, RecursionError):
+        # JSON can spell a half of a character, which nothing can encode.
+        event = json.loads(clean(json.dumps(json.loads(body), ensure_ascii=False)))
+    if not isinstance(event, dict):
+        raise web.HTTPBadRequest(reason="the body is not a JSON object")
+    return event
+
+
+def clean(text: str) -> str:
+    """A text with a ? in the place of each lone surrogate, which nothing can encode."""
+    return text.encode(errors="replace").decode()
 
 
 def text_of(event: Event, name: str, older_name: str = "") -> str:
-    """The text that event has under the name. Raises HTTPBadRequest."""
-    if isinstance(text := event.get(name) or event.get(older_name), str):
-        return text
-    raise web.HTTPBadRequest(reason=f"{name} is missing or not a text")
+    """The text under a name, or under the older name of the same thing.
+
+    Raises HTTPBadRequest if there is none, or something that is not a text.
+    """
+    value = event.get(name)
+    if older_name and (value is None or value == ""):
+        value = event.get(older_name)
+    if not isinstance(value, str) or not value:
+        raise web.HTTPBadRequest(reason=f"{name} is missing or not a text")
+    return value
 
 
-async def agent(request: web.Request) -> web.StreamResponse:
-    """Answers a webhook: a message and a greeting with speech, anything else with a mere 200."""
-    app, body = running.get(), await request.read()
-    if not (secret := app.settings["LAYERCODE_WEBHOOK_SECRET"]):
-        raise web.HTTPInternalServerError(reason="LAYERCODE_WEBHOOK_SECRET is not set")
-    if not verify(request.headers.get("layercode-signature", ""), body, secret):
-        raise web.HTTPUnauthorized(reason="wrong signature: is LAYERCODE_WEBHOOK_SECRET this agent's, the clock right?")
-    event = parse(body)
-    kind, conversation = text_of(event, "type"), text_of(event, "conversation_id", "session_id")
-    if kind not in ("message", "welcome") and (kind != "session.start" or event.get("turn_id") is None):
-        return web.json_response({})
-    turn_id, text = text_of(event, "turn_id"), {"text": event.get("text", ...) or " "}  # missing is wrong, empty is not
-    said = text_of(text, "text").strip() if kind == "message" else ""
-    turns, label = await app.histories.load(conversation), f"conversation={conversation!r} turn={turn_id!r}"
-    turn = turns.setdefault(turn_id, Turn())
-    if turn.finished or turn_id != list(turns)[-1]:  # delivered again: the same words, nothing changes
-        return await speak(request, Turn(), turn_id, turn.assistant, label + " again")
-    if conversation in answering:
-        answering[conversation].cancel()  # an earlier turn, its hang-up unseen behind a tunnel, or this one, sent again
-    answering[conversation] = asyncio.current_task()
+def conversation_of(event: Event) -> str:
+    """The conversation of a webhook. Raises HTTPBadRequest without one.
+
+    The oldest webhooks have no conversation_id: there, the session is it.
+    """
+    return text_of(event, "conversation_id", "session_id")
+
+
+def asks_for_speech(event: Event) -> bool:
+    """Whether a webhook is answered with speech. Raises HTTPBadRequest without type."""
+    kind = text_of(event, "type")
+    if kind == "session.start":
+        # Without a turn_id it is a mere notice.
+        return event.get("turn_id") is not None
+    return kind in ("message", "welcome")
+
+
+def words_of(event: Event) -> str:
+    """The caller's words in a webhook; none in a greeting. Raises HTTPBadRequest."""
+    if event["type"] != "message":
+        return ""
+    # An empty transcript is no error, a missing one is.
+    if "text" in event and event["text"] in ("", None):
+        return ""
+    return text_of(event, "text").strip()
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """What the caller heard of an earlier turn."""
+
+    turn_id: str
+    heard: str
+
+
+def interruption_of(event: Event) -> Interruption | None:
+    """What a webhook reports of an interruption, if it does."""
     match event.get("interruption_context"):
-        case {"previous_turn_interrupted": True, "assistant_turn_id": str(at), "text_heard": str(heard)}:
-            cut, turn.interrupts = turns.get(at, Turn()), [at, heard]
-            cut.assistant, cut.finished = heard, False
-    turn.user, turn.assistant = said, ""
-    answer = app.reply(event, list(turns.values())[-MAX_TURNS:]) if turn.user else APOLOGY
-    if kind != "message":
-        answer = GREETING if len(turns) == 1 else WELCOME_BACK
-        if app.gemini:  # connect to it while the caller listens, so that the first reply need not
-            app.warm_up = asyncio.gather(app.gemini.get(model=app.settings["GEMINI_MODEL"]), return_exceptions=True)
-    try:
-        await app.histories.save(conversation, turn_id, turn)  # before the model is asked: no word gets lost
-        return await speak(request, turn, turn_id, answer, label)
-    finally:
-        await app.histories.save(conversation, turn_id, turn)
+        case {
+            "previous_turn_interrupted": True,
+            "assistant_turn_id": str(turn_id),
+            "text_heard": str(heard),
+        }:
+            return Interruption(turn_id, heard)
+    return None
 
 
-async def authorize(request: web.Request) -> web.Response:
-    """Gets a browser its session key: Layercode's answer unchanged, while the API key stays here."""
-    app, page = running.get(), parse(await request.read())
-    key, agent_id = text_of(app.settings, "LAYERCODE_API_KEY"), text_of(page, "agent_id", "pipeline_id")
-    if not await may_authorize(request) or app.settings["LAYERCODE_AGENT_ID"] not in ("", agent_id):
-        raise web.HTTPForbidden(reason="this visitor may not talk to this agent")
-    page |= {"agent_id": agent_id, "conversation_id": page.get("conversation_id") or page.get("session_id")}
-    session = {name: page[name] for name in FORWARDED if page.get(name) is not None}
-    post = {"json": session, "headers": {"Authorization": f"Bearer {key}"}, "allow_redirects": False}
-    url = app.settings["LAYERCODE_API_URL"] + "/v1/agents/web/authorize_session"
-    try:
-        async with asyncio.timeout(AUTHORIZE_PATIENCE), app.http.post(url, **post) as upstream:
-            status, answer = upstream.status, (await upstream.text(errors="replace")).replace(key, "***")
-    except (TimeoutError, ClientError) as error:
-        gone = web.HTTPGatewayTimeout if isinstance(error, TimeoutError) else web.HTTPBadGateway
-        raise gone(reason=f"no answer from Layercode: {type(error).__name__}") from None
-    if status not in (200, 400, 402):
-        raise web.HTTPBadGateway(reason=f"Layercode answered {status}")
-    reason = "OK" if status == 200 else re.sub("[^ -~]+", " ", str(parse(answer.encode()).get("error")))[:200]
-    return web.Response(text=answer, status=status, reason=reason, content_type="application/json")
+# ---- The log -------------------------------------------------------------------------
 
 
-# ---- the app ---------------------------------------------------------------------------------------------------------
-def make_app(settings: dict[str, str] | None = None, reply: Any = reply, histories: Any = None) -> web.Application:
-    """The app, to run or to mount in another; give its runner handler_cancellation=True, or barge-in goes unnoticed."""
-    state = types.SimpleNamespace(settings=settings or load_settings(), reply=reply, gemini=None)
-    state.histories = Histories() if histories is None else histories
+def cause(error: BaseException) -> str:
+    """What the log says of an error: its type and place.
 
-    @web.middleware
-    async def outermost(request: web.Request, handler: Any) -> web.StreamResponse:
-        running.set(state)
-        origin, allowed = request.headers.get("Origin", ""), state.settings["ALLOWED_ORIGINS"].replace(",", " ").split()
-        known = any(fnmatch.fnmatchcase(origin, pattern) for pattern in allowed)
+    Not its message, which may hold a key or what a caller said.
+    """
+    if isinstance(error, ModelError):
+        return str(error)
+    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+    place = "an unknown place"
+    for frame in traceback.extract_tb(error.__traceback__):
+        if not frame.filename.startswith(libraries):
+            place = f"{Path(frame.filename).name}:{frame.lineno}"
+    return f"{type(error).__name__} at {place}"
+
+
+def log_stack(error: BaseException) -> None:
+    """Writes where an error came from, without its message, if LOG_LEVEL is DEBUG."""
+    stack = "".join(traceback.format_tb(error.__traceback__))
+    log.debug("%s\n%s", cause(error), stack)
+
+
+class Brief(logging.Filter):
+    """Shortens what strangers can have aiohttp and asyncio log.
+
+    Rubbish for HTTP, and more connections than files, become one line a second at
+    most, without a traceback. All else passes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.silent_until = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is to be written."""
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, HttpProcessingError | OSError):
+            return True
+        now = time.monotonic()
+        if now < self.silent_until:
+            return False
+        self.silent_until = now + 1
+        first_line = record.getMessage().splitlines()[0]
+        record.msg = f"{first_line}: {type(error).__name__}"
+        record.args = ()
+        record.exc_info = None
+        return True
+
+
+# ---- The terminal client -------------------------------------------------------------
+
+
+class CallError(Exception):
+    """Why a webhook could not be called: a sentence for whoever set it up."""
+
+
+class Caller:
+    """Plays Layercode's part in one conversation with the agent at a webhook's URL."""
+
+    # Seconds to wait for a connection, and for each next part of an answer.
+    PATIENCE = 15.0
+
+    def __init__(self, http: aiohttp.ClientSession, url: str, secret: str) -> None:
+        self.http = http
+        self.url = url
+        self.secret = secret
+        self.conversation = secrets.token_hex(8)
+        self.turn_id = ""
+        # The words of the answer so far.
+        self.heard = ""
+
+    def event(self, kind: str, **more: Any) -> Event:
+        """A webhook of this conversation, of a new turn."""
+        self.turn_id = secrets.token_hex(8)
+        self.heard = ""
+        event = {
+            "type": kind,
+            "session_id": "terminal",
+            "conversation_id": self.conversation,
+            "turn_id": self.turn_id,
+        }
+        return {**event, **more}
+
+    def interruption(self) -> Event:
+        """What the next message reports if the caller has interrupted this answer."""
+        return {
+            "previous_turn_interrupted": True,
+            "words_heard": len(self.heard.split()),
+            "text_heard": self.heard,
+            "assistant_turn_id": self.turn_id,
+        }
+
+    async def call(self, event: Event) -> AsyncGenerator[Event, None]:
+        """Sends a webhook, really signed, and yields the frames of the answer.
+
+        Closing it before the end drops the connection, as Layercode does when the
+        caller interrupts. Raises CallError.
+        """
+        if not self.url.startswith(("http://", "https://")):
+            raise CallError(f"{self.url} is not a URL: does it begin with https://?")
+        body = json.dumps(event).encode()
+        headers = {
+            "Content-Type": "application/json",
+            "layercode-signature": sign(body, self.secret),
+        }
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=self.PATIENCE, sock_read=self.PATIENCE
+        )
         try:
-            if origin and not known and origin.partition("://")[2] != request.host:
-                raise web.HTTPForbidden(reason="the page's origin is not in ALLOWED_ORIGINS")
-            up = web.Response(text="The agent is up.\n")  # for GET /, and a preflight
-            response = up if request.path == "/" or request.method == "OPTIONS" else await handler(request)
-        except web.HTTPException as error:
-            log.warning("%s %.60r from %.60r: %d %s", request.method, request.path, origin, error.status, error.reason)
-            response = web.json_response({"error": error.reason}, status=error.status, reason=error.reason)
-        if known:
-            response.headers.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
-            response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
-        return response
+            async with self.http.post(
+                self.url,
+                data=body,
+                headers=headers,
+                timeout=timeout,
+                allow_redirects=False,
+            ) as response:
+                check_answer(response)
+                async for line in response.content:
+                    if line.startswith(b"data:"):
+                        frame = parse_frame(line)
+                        self.heard += words_of_frame(frame)
+                        yield frame
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise CallError(explain_call(self.url, error)) from None
+        if not self.heard.strip():
+            raise CallError(
+                "The answer had no words. Is this the webhook of a voice agent?"
+            )
 
-    async def outgoing(app: web.Application) -> AsyncGenerator[None, None]:
-        async with ClientSession(connector=TCPConnector(limit=0, keepalive_timeout=300)) as state.http:  # seconds
-            if key := state.settings["GOOGLE_GENERATIVE_AI_API_KEY"]:
-                from google import genai  # only now: it takes longer to import than all the rest
 
-                options: Any = {"aiohttp_client": state.http, "retry_options": RETRY}
-                state.gemini = genai.Client(api_key=key, http_options=options).aio.models
+def check_answer(response: aiohttp.ClientResponse) -> None:
+    """Raises CallError for an answer that is not an event stream."""
+    status = f"{response.status} {response.reason}"
+    if response.status in (301, 302, 303, 307, 308):
+        location = response.headers.get("Location", "nowhere")
+        raise CallError(
+            f"It redirects to {location} ({status}). "
+            "Layercode needs the URL that answers by itself."
+        )
+    if response.status == 401:
+        raise CallError(
+            f"It refuses the signature ({status}). Is LAYERCODE_WEBHOOK_SECRET "
+            "the same here and there, and are both clocks right?"
+        )
+    if response.status != 200:
+        raise CallError(f"It answers {status}. Does the URL end in /agent?")
+    if response.content_type != "text/event-stream":
+        raise CallError(
+            f"It answers with {response.content_type} where an event stream should be. "
+            "Is this the tunnel's own page, or another server?"
+        )
+
+
+def parse_frame(line: bytes) -> Event:
+    """The JSON object of a frame. Raises CallError."""
+    with contextlib.suppress(ValueError):
+        frame = json.loads(line.removeprefix(b"data:"))
+        if isinstance(frame, dict):
+            return frame
+    raise CallError(
+        f"It sends a frame that is not a JSON object: {line[:60]!r}. "
+        "Is something between here and the agent changing the stream?"
+    )
+
+
+def words_of_frame(frame: Event) -> str:
+    """The words that a frame has spoken."""
+    if frame.get("type") == "response.tts":
+        return str(frame.get("content", ""))
+    return ""
+
+
+def explain_call(url: str, error: Exception) -> str:
+    """What an error of aiohttp's means to whoever has set up a webhook."""
+    host = urlsplit(url).netloc
+    if isinstance(error, TimeoutError):
+        return (
+            f"{host} has not answered for {Caller.PATIENCE:g} seconds. "
+            "Is the agent behind it running?"
+        )
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return f"The certificate of {host} is not valid. Has it run out?"
+    if isinstance(error, aiohttp.ClientSSLError):
+        return f"{host} does not speak HTTPS. Should the URL begin with http://?"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return f"There is no {host}. Is the tunnel open, and the name right?"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return f"Nothing listens at {host}. Is the agent, or the tunnel, running?"
+    return f"{host} broke the answer off ({type(error).__name__}). See the agent's log."
+
+
+class Terminal:
+    """The person's end of a chat: keys in, words out.
+
+    The first key that is typed while the agent speaks interrupts it. Where the input
+    is not a terminal, nothing interrupts.
+    """
+
+    def __init__(self) -> None:
+        self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.has_colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        if self.is_terminal:
+            with contextlib.suppress(ImportError):
+                # With it, input() takes up the key that has interrupted.
+                importlib.import_module("readline")
+
+    def show(self, text: str, style: str = "") -> None:
+        """Prints a text; style is an ANSI code such as "2" for dim."""
+        if style and self.has_colours:
+            text = f"\033[{style}m{text}\033[0m"
+        print(text, end="", flush=True)
+
+    def show_frame(self, frame: Event) -> None:
+        """Prints what a frame has for a person."""
+        self.show(words_of_frame(frame), "36")
+        if frame.get("type") == "response.data":
+            self.show(f"\n{json.dumps(frame.get('content'))}\n", "2")
+
+    async def read_line(self) -> str | None:
+        """What the person types up to Enter; None when they hang up."""
+        loop = asyncio.get_running_loop()
+        line: asyncio.Future[str | None] = loop.create_future()
+        prompt = "> " if self.is_terminal else ""
+
+        def read() -> None:
+            text = None
+            with contextlib.suppress(EOFError):
+                text = input(prompt)
+            loop.call_soon_threadsafe(line.set_result, text)
+
+        # In a thread, so that the agent can go on; a daemon, so that ^C can end it.
+        threading.Thread(target=read, daemon=True).start()
+        return await line
+
+    async def key_typed(self) -> None:
+        """Returns when a key waits to be read, which read_line() will do."""
+        if not self.is_terminal:
+            await asyncio.Event().wait()
+        if sys.platform == "win32":
+            import msvcrt
+
+            while not msvcrt.kbhit():
+                await asyncio.sleep(0.02)
+            return
+        loop = asyncio.get_running_loop()
+        typed = asyncio.Event()
+        loop.add_reader(sys.stdin.fileno(), typed.set)
+        try:
+            await typed.wait()
+        finally:
+            loop.remove_reader(sys.stdin.fileno())
+
+    @contextlib.contextmanager
+    def keys_at_once(self) -> Iterator[None]:
+        """Has keys arrive when they are typed, not with Enter, and not be printed."""
+        if sys.platform == "win32" or not self.is_terminal:
             yield
+            return
+        import termios
 
-    app = web.Application(middlewares=[outermost])  # takes bodies up to 1 MiB
-    app.cleanup_ctx.append(outgoing)
-    app.add_routes([web.post("/{api:(api/)?}agent", agent), web.post("/{api:(api/)?}authorize", authorize)])
-    return app
+        keyboard = sys.stdin.fileno()
+        before = termios.tcgetattr(keyboard)
+        during = termios.tcgetattr(keyboard)
+        local_modes = 3
+        during[local_modes] &= ~(termios.ECHO | termios.ICANON)
+        termios.tcsetattr(keyboard, termios.TCSANOW, during)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(keyboard, termios.TCSANOW, before)
 
 
-# ---- the terminal client ---------------------------------------------------------------------------------------------
-async def chat(settings: dict[str, str], make_app: Any, url: str = "") -> None:
-    """Plays Layercode's part: each line typed is a message, and a barge-in if the agent is still speaking."""
-    if not url:
-        settings = settings | {"LAYERCODE_WEBHOOK_SECRET": os.urandom(16).hex()}
-        runner = web.AppRunner(make_app(settings), handler_cancellation=True)
+class Chat:
+    """A conversation between a person at a terminal and an agent at a URL."""
+
+    def __init__(self, caller: Caller, terminal: Terminal) -> None:
+        self.caller = caller
+        self.terminal = terminal
+        self.hung_up = False
+
+    async def run(self) -> None:
+        """Talks until one of the two hangs up. Raises CallError."""
+        if self.terminal.is_terminal:
+            self.terminal.show(
+                "Type while the agent speaks to interrupt it. "
+                "Hang up with Ctrl-D or Ctrl-C.\n\n"
+            )
+        event = self.caller.event("session.start")
+        while True:
+            interrupted = await self.listen(event)
+            if self.hung_up:
+                self.terminal.show("(the agent hung up)\n")
+                return
+            line = await self.terminal.read_line()
+            if line is None:
+                return
+            report = {}
+            if interrupted:
+                report["interruption_context"] = self.caller.interruption()
+            event = self.caller.event("message", text=line, **report)
+
+    async def listen(self, event: Event) -> bool:
+        """Prints the answer to a webhook; returns whether a key interrupted it."""
+        with self.terminal.keys_at_once():
+            answer = asyncio.create_task(self._print_answer(event))
+            key = asyncio.create_task(self.terminal.key_typed())
+            try:
+                await asyncio.wait([answer, key], return_when=asyncio.FIRST_COMPLETED)
+                interrupted = not answer.done()
+            finally:
+                key.cancel()
+                answer.cancel()
+                await asyncio.wait([answer, key])
+        self.terminal.show("\n")
+        if not interrupted:
+            answer.result()
+        return interrupted
+
+    async def _print_answer(self, event: Event) -> None:
+        async with contextlib.aclosing(self.caller.call(event)) as frames:
+            async for frame in frames:
+                self.terminal.show_frame(frame)
+                if frame.get("type") == "response.hangup":
+                    self.hung_up = True
+
+
+async def chat(agent: Agent, url: str) -> None:
+    """Chats with the agent at a URL, or without one with this agent, served here.
+
+    Raises CallError.
+    """
+    async with aiohttp.ClientSession() as http:
+        if url:
+            secret = agent.settings.layercode_webhook_secret
+            if not secret:
+                raise CallError(
+                    "LAYERCODE_WEBHOOK_SECRET is not set: the webhook would refuse us."
+                )
+            await Chat(Caller(http, url, secret), Terminal()).run()
+            return
+        secret = secrets.token_hex(16)
+        agent.settings = dataclasses.replace(
+            agent.settings, layercode_webhook_secret=secret
+        )
+        runner = web.AppRunner(agent.make_app(), **RUNNER_OPTIONS)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        url = f"http://127.0.0.1:{runner.addresses[0][1]}/agent"
-    event, conversation, line = Event(type="session.start"), os.urandom(8).hex(), "-"
-    while line:
-        event |= {"session_id": "terminal", "conversation_id": conversation, "turn_id": os.urandom(8).hex()}
-        body, heard, typed = json.dumps(event).encode(), "", False
-        headers = {"layercode-signature": sign(body, settings["LAYERCODE_WEBHOOK_SECRET"])}
-        async with ClientSession() as http, http.post(url, data=body, headers=headers, raise_for_status=True) as answer:
-            while not typed and (frame := await answer.content.readline()):
-                piece = json.loads(frame.removeprefix(b"data: ").strip() or "{}")
-                words = {"response.tts": piece.get("content"), "response.end": "\n"}.get(piece.get("type"), "")
-                print(words, end="", flush=True)
-                heard += words
-                typed = os.name == "posix" and sys.stdin.isatty() and bool(select.select([sys.stdin], [], [], 0)[0])
-        report = {"previous_turn_interrupted": typed, "words_heard": len(heard.split()), "text_heard": heard}
-        report["assistant_turn_id"] = event["turn_id"]
-        event = {"type": "message", "text": (line := sys.stdin.readline()).strip(), "interruption_context": report}
+        try:
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            port = runner.addresses[0][1]
+            own_url = f"http://127.0.0.1:{port}/agent"
+            await Chat(Caller(http, own_url, secret), Terminal()).run()
+        finally:
+            await runner.cleanup()
 
 
-def main(make_app: Any = make_app) -> None:
-    """Serves, or chats, as the command line says; what is wrong with it or the settings ends in one line."""
+# ---- The command line ----------------------------------------------------------------
+
+
+def allow_many_files() -> None:
+    """Lets the process have as many connections as the system allows.
+
+    Most systems start a process with 1,024 files.
+    """
+    if sys.platform == "win32":
+        return
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS refuses what it reports as the most.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def serve(agent: Agent) -> None:
+    """Serves the agent until the process is told to stop."""
+    settings = agent.settings
+    lines = [f"Up: http://{settings.host}:{settings.port}", *settings.missing()]
+    if settings.layercode_api_key and type(agent).admit is Agent.admit:
+        lines.append(
+            "Everyone who reaches /authorize may start calls on your Layercode "
+            "account: override admit() to check who they are."
+        )
+    lines.append("Next: npx @layercode/cli tunnel")
+
+    def print_lines(_: str) -> None:
+        print(*lines, sep="\n", flush=True)
+
+    allow_many_files()
+    for name in ("aiohttp.server", "asyncio"):
+        logging.getLogger(name).addFilter(Brief())
+    web.run_app(
+        agent.make_app(),
+        host=settings.host,
+        port=settings.port,
+        print=print_lines,
+        **RUNNER_OPTIONS,
+    )
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line. Exits with a usage line and status 2 if it cannot be right."""
+    parser = argparse.ArgumentParser(
+        description="Serve a Layercode voice agent, or talk to it in the terminal."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="chat")
+    chatting = commands.add_parser(
+        "chat",
+        help="talk to the agent in the terminal; without this, it is served",
+        description="Talk to this agent in the terminal, with or without keys.",
+    )
+    chatting.add_argument(
+        "url",
+        nargs="?",
+        default="",
+        metavar="URL",
+        help="a webhook's URL, to talk to the agent behind it, as Layercode would",
+    )
+    return parser.parse_args()
+
+
+def main(agent: type[Agent] = Agent) -> None:
+    """Serves the agent, or chats with it, as the command line says.
+
+    Settings that cannot be right, and an address that cannot be had, end it with one
+    line and status 1.
+    """
+    arguments = read_arguments()
     try:
-        settings = load_settings()
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-        if sys.argv[1:2] == ["chat"]:
-            return asyncio.new_event_loop().run_until_complete(chat(settings, make_app, *sys.argv[2:3]))
-        log.setLevel(settings["LOG_LEVEL"])
-        lacks = [f"{key} is not set: {hint}" for key, (_, _, hint) in VARIABLES.items() if hint and not settings[key]]
-        banner = [f"Up: http://{settings['HOST']}:{settings['PORT']}", *lacks, "Next: npx @layercode/cli tunnel"]
-        how: Any = {"port": int(settings["PORT"]), "print": lambda _: print(*banner, sep="\n", flush=True)}
-        how |= {"host": settings["HOST"], "shutdown_timeout": 5}  # aiohttp waits twice that for replies in flight
-        web.run_app(make_app(settings), **how, handler_cancellation=True, access_log=None)
-    except (KeyboardInterrupt, ValueError, OSError, ClientError) as error:
-        sys.exit(0 if isinstance(error, KeyboardInterrupt) else f"agent.py: {str(error) or type(error).__name__}")
+        one = agent()
+    except SettingsError as error:
+        sys.exit(f"agent.py: {error}")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    log.setLevel(one.settings.log_level)
+    try:
+        if arguments.command == "chat":
+            if one.settings.log_level == "INFO":
+                # A line for each turn would stand between the words.
+                log.setLevel("WARNING")
+            asyncio.run(chat(one, arguments.url))
+        else:
+            serve(one)
+    except KeyboardInterrupt:
+        sys.exit(0)
+    except (CallError, OSError) as error:
+        sys.exit(f"agent.py: {error}")
 
 
 if __name__ == "__main__":
