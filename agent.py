@@ -51,6 +51,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 from typing import Generic
+from typing import Self
 from typing import TypedDict
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from google.genai.errors import APIError
     from google.genai.types import GenerateContentConfigDict
     from google.genai.types import GenerateContentResponse
+    from google.genai.types import HttpOptionsDict
 
 log = logging.getLogger("agent")
 
@@ -186,7 +188,7 @@ class Settings:
                 )
 
     @classmethod
-    def load(cls) -> Settings:
+    def load(cls) -> Self:
         """The settings of the environment, else of .env, else the defaults.
 
         The .env stands beside this file. Raises SettingsError.
@@ -227,7 +229,7 @@ class Settings:
         if not self.layercode_api_key:
             sentences.append(
                 "LAYERCODE_API_KEY is not set: no browser can be authorized. "
-                "Layercode's Dashboard has it: Settings."
+                "Layercode's dashboard has it: Settings."
             )
         return sentences
 
@@ -302,6 +304,7 @@ class Histories:
     def __init__(self) -> None:
         # The least recently used conversation comes first.
         self._conversations: dict[str, dict[str, Turn]] = {}
+        # Those of which a new turn is being answered are not forgotten.
         self._being_answered: set[str] = set()
 
     async def load(self, conversation: str) -> dict[str, Turn]:
@@ -311,19 +314,19 @@ class Histories:
     async def record(self, conversation: str, turn_id: str, **facts: Any) -> None:
         """Sets fields of a Turn, which is a new one if its turn_id is new.
 
-        Each fact is told once: `user` before the model is asked, `spoken` and
-        `finished` when the answer is over or cut off, `heard` when it is reported,
-        be that before or after the other facts.
+        `user` is told before the model is asked, `spoken` and `finished` when the
+        answer is over or cut off, and `heard` when it is reported, be that before or
+        after the others. So no order of arrival can undo a fact.
         """
         turns = self._conversations.pop(conversation, {})
         self._conversations[conversation] = turns
-        turns[turn_id] = dataclasses.replace(turns.get(turn_id, Turn()), **facts)
-        if len(turns) > MAX_TURNS:
-            del turns[next(iter(turns))]
-        if "user" in facts:
+        if "user" in facts and turn_id not in turns:
             self._being_answered.add(conversation)
         if "finished" in facts:
             self._being_answered.discard(conversation)
+        turns[turn_id] = dataclasses.replace(turns.get(turn_id, Turn()), **facts)
+        if len(turns) > MAX_TURNS:
+            del turns[next(iter(turns))]
         if len(self._conversations) > MAX_CONVERSATIONS:
             self._forget_one()
 
@@ -521,9 +524,11 @@ class Gemini:
             async with asyncio.timeout(WARM_UP_PATIENCE):
                 await self.models.get(model=self.settings.gemini_model)
         except APIError as error:
-            log.warning("Gemini will not answer: %s", self._explain(error))
+            explained = self._explain(error)
+            if explained.refusal:
+                log.warning("Gemini will refuse to answer: %s", explained)
         except Exception as error:
-            log.debug("Gemini could not be reached ahead of a call: %s", cause(error))
+            log.debug("no connection to Gemini ahead of a call: %s", cause(error))
 
     async def close(self) -> None:
         """Ends what goes on in the background."""
@@ -570,8 +575,7 @@ class Gemini:
         if "system_instruction" not in config:
             body["systemInstruction"] = {"parts": [{"text": instruction}]}
         request: GenerateContentConfigDict = {
-            "automatic_function_calling": {"disable": True},
-            "http_options": {"extra_body": body},
+            "automatic_function_calling": {"disable": True}
         }
         thinking = self.settings.gemini_thinking
         if thinking in THINKING_LEVELS:
@@ -580,7 +584,11 @@ class Gemini:
             request["thinking_config"] = {"thinking_level": ThinkingLevel(thinking)}
         elif thinking:
             request["thinking_config"] = {"thinking_budget": int(thinking)}
-        return {**request, **config}
+        options: HttpOptionsDict = {"extra_body": body}
+        given = config.get("http_options")
+        if given:
+            options = {**given, **options}
+        return {**request, **config, "http_options": options}
 
     def _explain(self, error: APIError) -> ModelError:
         """An error in Gemini's own words for it, but without its message."""
@@ -820,9 +828,8 @@ class Reply:
         self.stopped = False
         self.spoken = ""
         self.finished = False
-        # Whether the caller could notice it: words, or the end of the call.
-        self.audible = False
-        # Whether it was spoken before, and is because it was delivered twice.
+        self.hung_up = False
+        # Whether the same words were spoken before, for the same webhook.
         self.again = False
         self.outcome = "interrupted"
         self.log_level = logging.INFO
@@ -836,28 +843,27 @@ class Reply:
         Raises ConnectionResetError if Layercode has gone, or has stopped reading.
         """
         if isinstance(piece, str):
-            piece = {"type": "response.tts", "content": clean(piece)}
-        frame = json.dumps({**piece, "turn_id": self.turn_id})
+            piece = {"type": "response.tts", "content": piece}
+        frame = {**piece, "turn_id": self.turn_id}
+        words = clean(words_of_frame(piece))
+        if words:
+            frame["content"] = words
         try:
             async with asyncio.timeout(WRITE_PATIENCE):
-                await self.response.write(f"data: {frame}\n\n".encode())
+                await self.response.write(f"data: {json.dumps(frame)}\n\n".encode())
         except TimeoutError:
             if self.request.transport is not None:
                 self.request.transport.abort()
             raise ConnectionResetError("Layercode has stopped reading") from None
-        if piece.get("type") == "response.tts":
-            self._count(str(piece.get("content", "")))
-        if piece.get("type") == "response.hangup":
-            self.audible = True
-        # However many pieces come at once, other callers are served in between.
-        await asyncio.sleep(0)
-
-    def _count(self, words: str) -> None:
         self.spoken += words
-        self.chunks += 1
+        if words:
+            self.chunks += 1
         if words.strip() and self.first_word is None:
             self.first_word = time.monotonic()
-            self.audible = True
+        if piece.get("type") == "response.hangup":
+            self.hung_up = True
+        # However many pieces come at once, other callers are served in between.
+        await asyncio.sleep(0)
 
     def be_patient(self) -> None:
         """Gives the answer PATIENCE seconds for its next piece."""
@@ -946,10 +952,10 @@ class Webhook:
         # If Layercode has hung up, the apology cannot be written either.
         with contextlib.suppress(ConnectionResetError):
             await reply.response.prepare(reply.request)
-            outcome = "spoken"
             cut_off = False
             try:
                 await self.say_all(reply)
+                outcome = "spoken again" if reply.again else "spoken"
             except Exception as error:
                 cut_off = reply.stopped
                 outcome = "cut off by the stop"
@@ -974,7 +980,7 @@ class Webhook:
                 async for piece in pieces:
                     await reply.say(piece)
                     reply.be_patient()
-        if not reply.audible and not reply.again:
+        if not (reply.spoken.strip() or reply.hung_up or reply.again):
             raise ModelError("no words")
 
     async def begin(self, reply: Reply) -> Speech:
@@ -996,12 +1002,12 @@ class Webhook:
                 conversation, interruption.turn_id, heard=interruption.heard
             )
         turns = await histories.load(conversation)
-        if turns[turn_id].finished or turn_id != list(turns)[-1]:
-            reply.again = True
-            return say_once(turns[turn_id].spoken)
-        while conversation in self.speaking:
+        while conversation in self.speaking and not was_answered(turns, turn_id):
             await self.hush(self.speaking[conversation])
             turns = await histories.load(conversation)
+        if was_answered(turns, turn_id):
+            reply.again = True
+            return say_once(turns[turn_id].spoken)
         self.speaking[conversation] = reply
         del turns[turn_id]
         # A report may come before the turn that it is about is known, or without it.
@@ -1184,7 +1190,13 @@ def reason_of(status: int, body: bytes) -> str:
     if not isinstance(error, str):
         raise web.HTTPBadGateway(reason=f"Layercode answered {status}")
     printable = [letter if " " <= letter <= "~" else " " for letter in error]
-    return "".join(printable)[:200]
+    words = "".join(printable).split()
+    return " ".join(words)[:200]
+
+
+def was_answered(turns: dict[str, Turn], turn_id: str) -> bool:
+    """Whether a turn is over for good: finished, or followed by a later one."""
+    return turns[turn_id].finished or turn_id != list(turns)[-1]
 
 
 async def say_once(words: str) -> Speech:
@@ -1267,6 +1279,13 @@ def words_of(event: Event) -> str:
     return text_of(event, "text").strip()
 
 
+def words_of_frame(frame: Event) -> str:
+    """The words that a frame speaks; none in one of another type."""
+    if frame.get("type") == "response.tts":
+        return str(frame.get("content", ""))
+    return ""
+
+
 @dataclass(frozen=True)
 class Interruption:
     """What the caller heard of an earlier turn."""
@@ -1297,7 +1316,8 @@ def cause(error: BaseException) -> str:
     """
     if isinstance(error, ModelError):
         return str(error)
-    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+    # The standard library, what is installed, and code that stands in no file.
+    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<")
     place = "an unknown place"
     for frame in traceback.extract_tb(error.__traceback__):
         if not frame.filename.startswith(libraries):
@@ -1452,13 +1472,6 @@ def parse_frame(line: bytes) -> Event:
         f"It sends a frame that is not a JSON object: {line[:60]!r}. "
         "Is something between here and the agent changing the stream?"
     )
-
-
-def words_of_frame(frame: Event) -> str:
-    """The words that a frame has spoken."""
-    if frame.get("type") == "response.tts":
-        return str(frame.get("content", ""))
-    return ""
 
 
 def explain_call(url: str, error: Exception) -> str:
