@@ -30,10 +30,12 @@ import fnmatch
 import hashlib
 import hmac
 import importlib
+import io
 import json
 import logging
 import os
 import secrets
+import select
 import shlex
 import sys
 import sysconfig
@@ -44,6 +46,7 @@ from collections.abc import AsyncGenerator
 from collections.abc import AsyncIterator
 from collections.abc import Awaitable
 from collections.abc import Callable
+from collections.abc import Coroutine
 from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -823,7 +826,6 @@ class Reply:
         )
         self.task = asyncio.current_task()
         self.over = asyncio.Event()
-        self.recording: asyncio.Task[None] | None = None
         self.patience: asyncio.Timeout | None = None
         self.stopped = False
         self.spoken = ""
@@ -906,6 +908,8 @@ class Webhook:
         self.agent = agent
         # In each conversation, the reply that is being spoken.
         self.speaking: dict[str, Reply] = {}
+        # Tasks that asyncio itself would let go of before they are done.
+        self.working: set[asyncio.Task[None]] = set()
 
     async def receive(self, request: web.Request) -> web.StreamResponse:
         """Answers a webhook: with speech, or with what notice() gives."""
@@ -943,8 +947,7 @@ class Webhook:
             await self.speak(reply)
         finally:
             reply.write_log()
-            reply.recording = asyncio.create_task(self.record(reply))
-            await asyncio.shield(reply.recording)
+            await self.do_anyway(self.record(reply))
         return reply.response
 
     async def speak(self, reply: Reply) -> None:
@@ -994,13 +997,8 @@ class Webhook:
         histories = self.agent.histories
         conversation = reply.conversation
         turn_id = reply.turn_id
-        # Before the model is asked: whatever happens now, no word gets lost.
-        await histories.record(conversation, turn_id, user=reply.turn.user)
-        interruption = interruption_of(reply.event)
-        if interruption is not None:
-            await histories.record(
-                conversation, interruption.turn_id, heard=interruption.heard
-            )
+        # Before the model is asked, and even if the caller hangs up: no word gets lost.
+        await self.do_anyway(self.record_words(reply))
         turns = await histories.load(conversation)
         while conversation in self.speaking and not was_answered(turns, turn_id):
             await self.hush(self.speaking[conversation])
@@ -1028,8 +1026,26 @@ class Webhook:
             reply.task.cancel()
         await reply.over.wait()
 
+    async def do_anyway(self, work: Coroutine[None, None, None]) -> None:
+        """Does some work to its end, even if the caller hangs up meanwhile."""
+        task = asyncio.create_task(work)
+        self.working.add(task)
+        task.add_done_callback(self.working.discard)
+        await asyncio.shield(task)
+
+    async def record_words(self, reply: Reply) -> None:
+        """Records what the webhook tells: the caller's words, and what they heard."""
+        histories = self.agent.histories
+        interruption = interruption_of(reply.event)
+        if interruption is not None:
+            # First, so that this turn is the last one even if that one is unknown.
+            await histories.record(
+                reply.conversation, interruption.turn_id, heard=interruption.heard
+            )
+        await histories.record(reply.conversation, reply.turn_id, user=reply.turn.user)
+
     async def record(self, reply: Reply) -> None:
-        """Records what was spoken; runs in a task of its own, which nobody cancels."""
+        """Records what was spoken, and lets the next reply begin."""
         conversation = reply.conversation
         # Otherwise it was spoken again, or cut off before it had begun.
         if self.speaking.get(conversation) is not reply:
@@ -1331,6 +1347,9 @@ def log_stack(error: BaseException) -> None:
     log.debug("%s\n%s", cause(error), stack)
 
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
 class Brief(logging.Filter):
     """Shortens what strangers can have aiohttp and asyncio log.
 
@@ -1407,7 +1426,7 @@ class Caller:
         Closing it before the end drops the connection, as Layercode does when the
         caller interrupts. Raises CallError.
         """
-        if not self.url.startswith(("http://", "https://")):
+        if not self.url.lower().startswith(("http://", "https://")):
             raise CallError(f"{self.url} is not a URL: does it begin with https://?")
         body = json.dumps(event).encode()
         headers = {
@@ -1415,7 +1434,7 @@ class Caller:
             "layercode-signature": sign(body, self.secret),
         }
         timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=self.PATIENCE, sock_read=self.PATIENCE
+            total=None, connect=self.PATIENCE, sock_read=self.PATIENCE
         )
         try:
             async with self.http.post(
@@ -1426,16 +1445,25 @@ class Caller:
                 allow_redirects=False,
             ) as response:
                 check_answer(response)
+                kinds = set()
                 async for line in response.content:
                     if line.startswith(b"data:"):
-                        frame = parse_frame(line)
+                        frame = parse_frame(line, event)
                         self.heard += words_of_frame(frame)
+                        kinds.add(frame.get("type"))
                         yield frame
+                    if "response.end" in kinds:
+                        break
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise CallError(explain_call(self.url, error)) from None
-        if not self.heard.strip():
+        if not self.heard.strip() and "response.hangup" not in kinds:
             raise CallError(
                 "The answer had no words. Is this the webhook of a voice agent?"
+            )
+        if "response.end" not in kinds:
+            raise CallError(
+                "The answer ended without response.end, so Layercode would go on "
+                "waiting. What does the agent's log say?"
             )
 
 
@@ -1453,6 +1481,8 @@ def check_answer(response: aiohttp.ClientResponse) -> None:
             f"It refuses the signature ({status}). Is LAYERCODE_WEBHOOK_SECRET "
             "the same here and there, and are both clocks right?"
         )
+    if response.status >= 500:
+        raise CallError(f"It answers {status}. Is the agent running? See its log.")
     if response.status != 200:
         raise CallError(f"It answers {status}. Does the URL end in /agent?")
     if response.content_type != "text/event-stream":
@@ -1462,28 +1492,39 @@ def check_answer(response: aiohttp.ClientResponse) -> None:
         )
 
 
-def parse_frame(line: bytes) -> Event:
-    """The JSON object of a frame. Raises CallError."""
-    with contextlib.suppress(ValueError):
+def parse_frame(line: bytes, event: Event) -> Event:
+    """The JSON object of a frame, which answers a webhook. Raises CallError."""
+    frame: object = None
+    with contextlib.suppress(ValueError, RecursionError):
         frame = json.loads(line.removeprefix(b"data:"))
-        if isinstance(frame, dict):
-            return frame
-    raise CallError(
-        f"It sends a frame that is not a JSON object: {line[:60]!r}. "
-        "Is something between here and the agent changing the stream?"
-    )
+    if not isinstance(frame, dict):
+        raise CallError(
+            f"It sends a frame that is not a JSON object: {line[:60]!r}. "
+            "Is something between here and the agent changing the stream?"
+        )
+    if frame.get("turn_id") != event.get("turn_id"):
+        raise CallError(
+            f"It sends a frame of another turn: {line[:200]!r}. "
+            "Each needs the turn_id of the webhook that it answers."
+        )
+    return frame
 
 
 def explain_call(url: str, error: Exception) -> str:
     """What an error of aiohttp's means to whoever has set up a webhook."""
+    if isinstance(error, aiohttp.InvalidURL | UnicodeError):
+        return f"{url} is not a URL: has it a host, and a port up to 65535?"
     host = urlsplit(url).netloc
     if isinstance(error, TimeoutError):
         return (
-            f"{host} has not answered for {Caller.PATIENCE:g} seconds. "
+            f"{host} has sent nothing for {Caller.PATIENCE:g} seconds. "
             "Is the agent behind it running?"
         )
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return f"The certificate of {host} is not valid. Has it run out?"
+        return (
+            f"The certificate of {host} is not valid. "
+            "Has it run out, is it for another name, or did you sign it yourself?"
+        )
     if isinstance(error, aiohttp.ClientSSLError):
         return f"{host} does not speak HTTPS. Should the URL begin with http://?"
     if isinstance(error, aiohttp.ClientConnectorDNSError):
@@ -1493,16 +1534,22 @@ def explain_call(url: str, error: Exception) -> str:
     return f"{host} broke the answer off ({type(error).__name__}). See the agent's log."
 
 
+# Control characters, of which a terminal could take orders. Line breaks are kept.
+CONTROLS = dict.fromkeys([*range(10), *range(11, 32), *range(127, 160)])
+
+
 class Terminal:
     """The person's end of a chat: keys in, words out.
 
     The first key that is typed while the agent speaks interrupts it. Where the input
-    is not a terminal, nothing interrupts.
+    or the output is not a terminal, nothing interrupts.
     """
 
     def __init__(self) -> None:
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        self.has_colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self.has_colours = has_colours()
+        # Whether the cursor stands behind something.
+        self.line_begun = False
         if self.is_terminal:
             with contextlib.suppress(ImportError):
                 # With it, input() takes up the key that has interrupted.
@@ -1510,53 +1557,94 @@ class Terminal:
 
     def show(self, text: str, style: str = "") -> None:
         """Prints a text; style is an ANSI code such as "2" for dim."""
+        if not text:
+            return
+        self.line_begun = not text.endswith("\n")
         if style and self.has_colours:
             text = f"\033[{style}m{text}\033[0m"
         print(text, end="", flush=True)
 
+    def end_line(self) -> None:
+        """Goes to the next line, unless it is new already."""
+        if self.line_begun:
+            self.show("\n")
+
+    def write(self, line: str) -> None:
+        """Prints a line of the log on a line of its own: the terminal is its stream."""
+        self.end_line()
+        print(line, end="", file=sys.stderr, flush=True)
+
     def show_frame(self, frame: Event) -> None:
         """Prints what a frame has for a person."""
-        self.show(words_of_frame(frame), "36")
+        self.show(words_of_frame(frame).translate(CONTROLS), "36")
         if frame.get("type") == "response.data":
-            self.show(f"\n{json.dumps(frame.get('content'))}\n", "2")
+            self.end_line()
+            self.show(json.dumps(frame.get("content")), "2")
+            self.end_line()
+
+    async def read_message(self) -> str | None:
+        """What the person says; None when they hang up.
+
+        Enter alone says nothing. Lines that are pasted are one message.
+        """
+        lines: list[str] = []
+        while not lines or self.key_waits():
+            line = await self.read_line()
+            if line is None:
+                break
+            if line.strip():
+                lines.append(line)
+        return " ".join(lines) or None
 
     async def read_line(self) -> str | None:
-        """What the person types up to Enter; None when they hang up."""
+        """What the person types up to Enter; None at the end of the input."""
         loop = asyncio.get_running_loop()
         line: asyncio.Future[str | None] = loop.create_future()
-        prompt = "> " if self.is_terminal else ""
 
         def read() -> None:
-            text = None
-            with contextlib.suppress(EOFError):
-                text = input(prompt)
-            loop.call_soon_threadsafe(line.set_result, text)
+            text = self._input()
+            # The loop has ended if the person hung up with Ctrl-C.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(line.set_result, text)
 
-        # In a thread, so that the agent can go on; a daemon, so that ^C can end it.
+        # In a thread, so that the agent can go on; a daemon, so that Ctrl-C can end it.
         threading.Thread(target=read, daemon=True).start()
-        return await line
+        self.line_begun = self.is_terminal
+        text = await line
+        self.line_begun = self.is_terminal and text is None
+        return text
 
-    async def key_typed(self) -> None:
-        """Returns when a key waits to be read, which read_line() will do."""
+    def _input(self) -> str | None:
+        if self.is_terminal:
+            with contextlib.suppress(EOFError):
+                return input("> ")
+            return None
+        # Without sys.stdin, whose lock would keep Ctrl-C from ending the process.
+        line = io.FileIO(sys.stdin.fileno(), closefd=False).readline()
+        return line.decode(errors="replace").rstrip("\r\n") if line else None
+
+    def key_waits(self) -> bool:
+        """Whether a key was typed that nobody has read."""
         if not self.is_terminal:
-            await asyncio.Event().wait()
+            return False
         if sys.platform == "win32":
             import msvcrt
 
-            while not msvcrt.kbhit():
-                await asyncio.sleep(0.02)
-            return
-        loop = asyncio.get_running_loop()
-        typed = asyncio.Event()
-        loop.add_reader(sys.stdin.fileno(), typed.set)
-        try:
-            await typed.wait()
-        finally:
-            loop.remove_reader(sys.stdin.fileno())
+            return msvcrt.kbhit()
+        return bool(select.select([sys.stdin], [], [], 0)[0])
+
+    async def key_typed(self) -> None:
+        """Returns when a key waits to be read, which read_line() will do."""
+        while not self.key_waits():
+            await asyncio.sleep(0.02)
 
     @contextlib.contextmanager
-    def keys_at_once(self) -> Iterator[None]:
-        """Has keys arrive when they are typed, not with Enter, and not be printed."""
+    def restored(self, *, keys_at_once: bool = False) -> Iterator[None]:
+        """Leaves the terminal in the modes in which it was, whatever happens.
+
+        With keys_at_once, keys meanwhile arrive when they are typed, not with Enter,
+        and are not printed.
+        """
         if sys.platform == "win32" or not self.is_terminal:
             yield
             return
@@ -1566,12 +1654,23 @@ class Terminal:
         before = termios.tcgetattr(keyboard)
         during = termios.tcgetattr(keyboard)
         local_modes = 3
-        during[local_modes] &= ~(termios.ECHO | termios.ICANON)
+        if keys_at_once:
+            during[local_modes] &= ~(termios.ECHO | termios.ICANON)
         termios.tcsetattr(keyboard, termios.TCSANOW, during)
         try:
             yield
         finally:
             termios.tcsetattr(keyboard, termios.TCSANOW, before)
+
+
+def has_colours() -> bool:
+    """Whether what is printed may have colours."""
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        return False
+    if sys.platform == "win32":
+        # The console before Windows Terminal would print the codes.
+        return "WT_SESSION" in os.environ
+    return os.environ.get("TERM", "dumb") != "dumb"
 
 
 class Chat:
@@ -1584,6 +1683,14 @@ class Chat:
 
     async def run(self) -> None:
         """Talks until one of the two hangs up. Raises CallError."""
+        with self.terminal.restored():
+            try:
+                await self.talk()
+            finally:
+                self.terminal.end_line()
+
+    async def talk(self) -> None:
+        """Takes turns with the agent, whose greeting comes first. Raises CallError."""
         if self.terminal.is_terminal:
             self.terminal.show(
                 "Type while the agent speaks to interrupt it. "
@@ -1595,17 +1702,17 @@ class Chat:
             if self.hung_up:
                 self.terminal.show("(the agent hung up)\n")
                 return
-            line = await self.terminal.read_line()
-            if line is None:
+            message = await self.terminal.read_message()
+            if message is None:
                 return
             report = {}
             if interrupted:
                 report["interruption_context"] = self.caller.interruption()
-            event = self.caller.event("message", text=line, **report)
+            event = self.caller.event("message", text=message, **report)
 
     async def listen(self, event: Event) -> bool:
         """Prints the answer to a webhook; returns whether a key interrupted it."""
-        with self.terminal.keys_at_once():
+        with self.terminal.restored(keys_at_once=True):
             answer = asyncio.create_task(self._print_answer(event))
             key = asyncio.create_task(self.terminal.key_typed())
             try:
@@ -1615,7 +1722,7 @@ class Chat:
                 key.cancel()
                 answer.cancel()
                 await asyncio.wait([answer, key])
-        self.terminal.show("\n")
+        self.terminal.end_line()
         if not interrupted:
             answer.result()
         return interrupted
@@ -1633,6 +1740,8 @@ async def chat(agent: Agent, url: str) -> None:
 
     Raises CallError.
     """
+    terminal = Terminal()
+    logging.basicConfig(format=LOG_FORMAT, stream=terminal)
     async with aiohttp.ClientSession() as http:
         if url:
             secret = agent.settings.layercode_webhook_secret
@@ -1640,7 +1749,7 @@ async def chat(agent: Agent, url: str) -> None:
                 raise CallError(
                     "LAYERCODE_WEBHOOK_SECRET is not set: the webhook would refuse us."
                 )
-            await Chat(Caller(http, url, secret), Terminal()).run()
+            await Chat(Caller(http, url, secret), terminal).run()
             return
         secret = secrets.token_hex(16)
         agent.settings = dataclasses.replace(
@@ -1652,7 +1761,7 @@ async def chat(agent: Agent, url: str) -> None:
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             port = runner.addresses[0][1]
             own_url = f"http://127.0.0.1:{port}/agent"
-            await Chat(Caller(http, own_url, secret), Terminal()).run()
+            await Chat(Caller(http, own_url, secret), terminal).run()
         finally:
             await runner.cleanup()
 
@@ -1704,20 +1813,21 @@ def serve(agent: Agent) -> None:
 def read_arguments() -> argparse.Namespace:
     """The command line. Exits with a usage line and status 2 if it cannot be right."""
     parser = argparse.ArgumentParser(
-        description="Serve a Layercode voice agent, or talk to it in the terminal."
+        description="A Layercode voice agent. Without arguments, it is served."
     )
-    commands = parser.add_subparsers(dest="command", metavar="chat")
-    chatting = commands.add_parser(
-        "chat",
-        help="talk to the agent in the terminal; without this, it is served",
-        description="Talk to this agent in the terminal, with or without keys.",
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=["chat"],
+        metavar="chat",
+        help="talk to the agent in the terminal, with or without keys",
     )
-    chatting.add_argument(
+    parser.add_argument(
         "url",
         nargs="?",
         default="",
         metavar="URL",
-        help="a webhook's URL, to talk to the agent behind it, as Layercode would",
+        help="a webhook's URL: talk to the agent behind it, as Layercode would",
     )
     return parser.parse_args()
 
@@ -1733,7 +1843,6 @@ def main(agent: type[Agent] = Agent) -> None:
         one = agent()
     except SettingsError as error:
         sys.exit(f"agent.py: {error}")
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(one.settings.log_level)
     try:
         if arguments.command == "chat":
@@ -1742,6 +1851,7 @@ def main(agent: type[Agent] = Agent) -> None:
                 log.setLevel("WARNING")
             asyncio.run(chat(one, arguments.url))
         else:
+            logging.basicConfig(format=LOG_FORMAT)
             serve(one)
     except KeyboardInterrupt:
         sys.exit(0)
