@@ -26,6 +26,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import fnmatch
 import hashlib
 import hmac
@@ -79,12 +80,14 @@ Piece = TypeVar("Piece")
 
 # ---- Limits --------------------------------------------------------------------------
 
-# Seconds that a caller hears nothing before the apology takes an answer's place.
+# Seconds without a next piece of an answer before the caller hears the apology.
 PATIENCE = 8.0
 # Seconds after which a model that has said nothing is asked a second time.
 ASK_AGAIN_AFTER = 2.5
 # Seconds that Layercode may take to accept a frame before it counts as gone.
 WRITE_PATIENCE = 5.0
+# Seconds that a store may take to record what was spoken.
+RECORD_PATIENCE = 2.0
 # Seconds that a request may take to send its body.
 BODY_PATIENCE = 5.0
 # Seconds that Layercode's REST API may take to authorize a browser.
@@ -94,13 +97,16 @@ WARM_UP_PATIENCE = 10.0
 # Seconds that Gemini may take to end its stream after the last word, which
 # leaves the connection free for the next question.
 STREAM_END_PATIENCE = 0.1
-# Seconds that replies may go on for when the server is stopped. With the rest
-# of the stop that is less than the 10 seconds that `docker stop` waits.
-GRACE = 7.0
+# Seconds that replies may go on for when the server is stopped. The rest of the
+# stop takes 4 at most: together less than the 10 that `docker stop` waits.
+GRACE = 5.0
 # Seconds that a signature may be off, as in Layercode's Node SDK 1.2.1.
 TOLERANCE = 300
 # Bytes of a request's body, and of an answer of Layercode's REST API.
 MAX_BODY = 2**20
+# Bytes of what a page sends to be authorized: anybody may send it, and every caller
+# waits while it is parsed.
+MAX_PAGE = 2**16
 # Turns of a conversation that are kept and sent to the model.
 MAX_TURNS = 50
 # Conversations that are kept in memory.
@@ -128,7 +134,7 @@ RUNNER_OPTIONS: RunnerOptions = {
     "keepalive_timeout": 120,
     # Seconds to go on reading a body after the request was answered.
     "lingering_time": 2,
-    # Seconds; aiohttp waits twice as long, after Webhook.stop().
+    # Seconds that aiohttp waits, twice, for requests in flight after Webhook.stop().
     "shutdown_timeout": 1,
     "access_log": None,
 }
@@ -143,15 +149,15 @@ LOCAL_PAGES = (
 
 
 class SettingsError(ValueError):
-    """A setting that cannot be right; the message names it."""
+    """A setting is wrong; the message names it."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """The variables of .env.example, each as a field of the same name.
 
-    An agent with settings of its own adds fields in a subclass. A field's default
-    makes it a text or a number. Raises SettingsError for what cannot be right.
+    An agent with settings of its own adds fields in a subclass; whether one is a text
+    or a number is told by its default. Raises SettingsError for a wrong value.
     """
 
     layercode_webhook_secret: str = dataclasses.field(default="", repr=False)
@@ -186,7 +192,7 @@ class Settings:
         for origin in self.origins():
             if not is_origin(origin):
                 raise SettingsError(
-                    f"ALLOWED_ORIGINS={self.allowed_origins} cannot be right: "
+                    f"ALLOWED_ORIGINS={self.allowed_origins} is wrong: "
                     f"{origin} is not like https://app.example.com"
                 )
 
@@ -205,9 +211,9 @@ class Settings:
                 continue
             values[one.name] = text
             # A port is a number because its default is one.
-            if isinstance(one.default, int):
+            if isinstance(one.default, int | float):
                 try:
-                    values[one.name] = int(text)
+                    values[one.name] = type(one.default)(text)
                 except ValueError:
                     raise SettingsError(f"{name}={text} is not a number") from None
         return cls(**values)
@@ -217,7 +223,7 @@ class Settings:
         return self.allowed_origins.replace(",", " ").split()
 
     def missing(self) -> list[str]:
-        """A sentence for each setting that a caller would miss."""
+        """A sentence for each unset setting that matters to callers."""
         sentences = []
         if not self.layercode_webhook_secret:
             sentences.append(
@@ -246,9 +252,10 @@ def is_origin(text: str) -> bool:
 def read_dotenv(file: Path) -> dict[str, str]:
     """The variables of a .env file, read as a shell reads it; none without a file.
 
-    Raises SettingsError for a quote that is not closed.
+    So a value with a space, a quote or a # needs quotes around it. Raises
+    SettingsError for a quote that is not closed.
     """
-    if not file.exists():
+    if not file.is_file():
         return {}
     try:
         words = shlex.split(file.read_text("utf-8-sig"), comments=True)
@@ -281,8 +288,8 @@ class Turn:
     # What the caller heard of an answer they interrupted. Layercode reports it
     # with a later webhook, and whatever else is known, it is what counts.
     heard: str | None = None
-    # What reply() did beside speaking, as contents for the model: see the tools
-    # recipe in README.md.
+    # What reply() did beside speaking, as contents for the model. A reply() that uses
+    # tools records it: README.md has the recipe.
     done: Sequence[Event] = ()
     # What the log line says of the turn beside its figures.
     remark: str = dataclasses.field(default="", compare=False)
@@ -292,16 +299,18 @@ class Turn:
         if self.finished and self.heard is None:
             return self.spoken
         words = self.spoken if self.heard is None else self.heard
-        if not words and not self.done:
-            return ""
-        return f"{words} [interrupted]".lstrip()
+        if words or self.done:
+            return f"{words} [interrupted]".lstrip()
+        return ""
 
 
 class Histories:
     """What was said in each conversation, in memory.
 
-    A store of your own has the same two methods. It may fail or wait: the caller
-    hears the apology, or what there is without it.
+    A store of your own overrides both methods. load() must show what was recorded
+    before, in the order in which each turn was first recorded. Both may be called for
+    several conversations, and for one by several tasks, at a time. If they raise, or
+    take longer than PATIENCE, the caller hears the apology.
     """
 
     def __init__(self) -> None:
@@ -311,15 +320,15 @@ class Histories:
         self._being_answered: set[str] = set()
 
     async def load(self, conversation: str) -> dict[str, Turn]:
-        """The conversation's turns by turn_id, in order; none if it is new."""
+        """The conversation's turns by turn_id, oldest first; none if it is new."""
         return dict(self._conversations.get(conversation, {}))
 
     async def record(self, conversation: str, turn_id: str, **facts: Any) -> None:
         """Sets fields of a Turn, which is a new one if its turn_id is new.
 
-        `user` is told before the model is asked, `spoken` and `finished` when the
-        answer is over or cut off, and `heard` when it is reported, be that before or
-        after the others. So no order of arrival can undo a fact.
+        `user` is recorded before the model is asked, `spoken` and `finished` when the
+        answer is over or cut off, and `heard` when it is reported, which may be before
+        the others. No fact is recorded by two, so no order of arrival undoes one.
         """
         turns = self._conversations.pop(conversation, {})
         self._conversations[conversation] = turns
@@ -341,7 +350,7 @@ class Histories:
 
 
 def contents(history: list[Turn]) -> list[Event]:
-    """What Gemini is sent of a history whose last turn is to be answered.
+    """What Gemini is sent of a history, whose last turn is the one to answer.
 
     The caller and the model take turns, the caller comes first and last, and
     nothing is in it that the caller did not hear.
@@ -405,18 +414,18 @@ def verify(header: str, body: bytes, secret: str) -> bool:
 
 
 class ModelError(Exception):
-    """The model did not answer as it should. The message may be logged.
+    """The model did not answer as it should; the message may be logged.
 
-    A refusal is what the model would say again, were it asked again.
+    If it is final, asking again would not help.
     """
 
-    def __init__(self, message: str, refusal: bool = False) -> None:
+    def __init__(self, message: str, final: bool = False) -> None:
         super().__init__(message)
-        self.refusal = refusal
+        self.final = final
 
 
 class Ask(Generic[Piece]):
-    """A model that has been asked once, on its way to its first word."""
+    """One request to a model, which a task of its own reads up to the first word."""
 
     def __init__(
         self, pieces: AsyncGenerator[Piece, None], speaks: Callable[[Piece], bool]
@@ -435,16 +444,16 @@ class Ask(Generic[Piece]):
         raise ModelError("no words")
 
     def why_again(self) -> str:
-        """Why the model should be asked again by now; empty if it should not."""
+        """Why the model should be asked again now; empty if it should not."""
         if not self.opening.done():
             return f"no word in {ASK_AGAIN_AFTER} s"
         error = self.opening.exception()
-        if error is None or (isinstance(error, ModelError) and error.refusal):
+        if error is None or (isinstance(error, ModelError) and error.final):
             return ""
         return cause(error)
 
     async def close(self) -> None:
-        """Ends it, wherever it is."""
+        """Ends the request, wherever it is."""
         self.opening.cancel()
         await asyncio.gather(self.opening, return_exceptions=True)
         await self.pieces.aclose()
@@ -455,13 +464,13 @@ async def ask_twice(
     speaks: Callable[[Piece], bool],
     turn: Turn,
 ) -> AsyncGenerator[Piece, None]:
-    """Yields what ask() yields, and calls it once more where the first word is missing.
+    """Yields what ask() yields, and calls ask() once more if no word has come.
 
     That is after ASK_AGAIN_AFTER seconds without a piece that speaks(), or at once
-    when the first ask fails. Both then race, so that a model that is slow by its
-    nature is not made slower, and the loser is closed. After a word was spoken
-    nothing is asked again. turn.remark says why it was. Raises what the last of
-    them raises if neither speaks.
+    when the first request fails. The two then race, so that a model that is always
+    slow is not made slower, and the loser is cancelled. After the first word, nothing
+    is asked again. turn.remark tells the log why the model was asked twice. If neither
+    request speaks, raises the error of the one that failed last.
     """
     asks = [Ask(ask(), speaks)]
     try:
@@ -473,26 +482,31 @@ async def ask_twice(
         winner = await first_to_speak(asks)
         for one in asks:
             if one is not winner:
-                await one.close()
+                one.opening.cancel()
         for piece in winner.opening.result():
             yield piece
         async for piece in winner.pieces:
             yield piece
     finally:
+        # All of them first, because this may itself be cancelled while it waits.
+        for one in asks:
+            one.opening.cancel()
         for one in asks:
             await one.close()
 
 
 async def first_to_speak(asks: list[Ask[Piece]]) -> Ask[Piece]:
-    """The ask whose first word comes first. Raises the last error if none has one."""
+    """The request whose first word comes first. Raises the last error if none has."""
     waiting = {one.opening: one for one in asks}
     while True:
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for opening in done:
             one = waiting.pop(opening)
-            if opening.exception() is None or not waiting:
-                opening.result()
+            error = opening.exception()
+            if error is None:
                 return one
+            if not waiting:
+                raise error
 
 
 class Gemini:
@@ -528,7 +542,7 @@ class Gemini:
                 await self.models.get(model=self.settings.gemini_model)
         except APIError as error:
             explained = self._explain(error)
-            if explained.refusal:
+            if explained.final:
                 log.warning("Gemini will refuse to answer: %s", explained)
         except Exception as error:
             log.debug("no connection to Gemini ahead of a call: %s", cause(error))
@@ -571,9 +585,9 @@ class Gemini:
     def _request(
         self, said: list[Event], instruction: str, config: GenerateContentConfigDict
     ) -> GenerateContentConfigDict:
-        # google-genai takes 0.25 ms of everybody's time to build each message. What
-        # it is handed as extra_body it only merges, 40 turns in 1.5 ms, and that
-        # takes the place of the empty contents.
+        # Every caller waits while google-genai builds contents: 0.25 ms a message. An
+        # extra_body is only merged, 40 turns in 1.5 ms; its contents replace the empty
+        # ones.
         body: Event = {"contents": said}
         if "system_instruction" not in config:
             body["systemInstruction"] = {"parts": [{"text": instruction}]}
@@ -603,7 +617,7 @@ class Gemini:
             told += f"GEMINI_MODEL={self.settings.gemini_model}?"
         elif error.code == 404:
             told += f": is GEMINI_MODEL={self.settings.gemini_model} right?"
-        return ModelError(told, refusal=error.code in (400, 401, 403, 404, 429))
+        return ModelError(told, final=error.code in (400, 401, 403, 404, 429))
 
 
 def is_last(chunk: GenerateContentResponse) -> bool:
@@ -620,12 +634,12 @@ def is_last(chunk: GenerateContentResponse) -> bool:
 
 
 async def let_go(chunks: AsyncIterator[GenerateContentResponse], wait: float) -> None:
-    """Has google-genai free the connection of a stream, within `wait` seconds.
+    """Makes google-genai release the connection of a stream, within `wait` seconds.
 
-    A stream that is read to its end leaves its connection to the next question.
-    One that is cancelled while it is read closes it. One that is closed between two
-    chunks would keep it until the garbage collector comes: googleapis/python-genai,
-    issue 2425.
+    A stream that is read to its end leaves its connection to the next question, and
+    one that is cancelled while it is read closes it. With 0 seconds the read is
+    cancelled at once. A stream that is only closed keeps its connection until the
+    garbage collector comes: googleapis/python-genai, issue 2425.
     """
     with contextlib.suppress(Exception):
         async with asyncio.timeout(wait):
@@ -661,7 +675,7 @@ async def stand_in(history: list[Turn]) -> AsyncGenerator[str, None]:
 
 
 class Agent:
-    """A voice agent. Make it yours in a subclass: its words, and any of its methods.
+    """A voice agent. Make it yours in a subclass: override its words and its methods.
 
     `settings` and `histories` are what it was made with. While it serves, `http` is
     an aiohttp session for your own requests, and `gemini` is set if there is a key.
@@ -691,8 +705,9 @@ class Agent:
     async def greet(self, event: Event, history: list[Turn]) -> Speech:
         """Yields what is said when a call begins.
 
-        `event` is the webhook, with the caller's number or your page's metadata.
-        `history` ends with a turn in which the caller has said nothing.
+        `event` is the webhook, with your custom_metadata, the page's metadata, or the
+        caller's from_phone_number. `history` ends with a turn in which the caller has
+        said nothing yet.
         """
         yield self.greeting if len(history) == 1 else self.welcome_back
 
@@ -701,7 +716,8 @@ class Agent:
 
         A str is spoken the moment it is yielded; a dict is an event for Layercode,
         such as {"type": "response.data", "content": ...} for the page. It is cancelled
-        when the caller interrupts. Whatever it raises, the caller hears the apology.
+        when the caller interrupts, so let CancelledError pass. If it raises anything
+        else, or yields nothing for PATIENCE seconds, the caller hears the apology.
         """
         if self.gemini is None:
             async for word in stand_in(history):
@@ -714,21 +730,21 @@ class Agent:
                     yield words
 
     async def notice(self, event: Event) -> Event | None:
-        """Gets each webhook that asks for no speech; gives its answer, if any.
+        """Takes a webhook that asks for no speech; returns the answer, if there is one.
 
-        Those are `data`, `session.update`, `session.end`, a `session.start` without a
-        turn_id, and types that are not known yet. An answer of type response.data is
-        delivered to the page.
+        That is `data`, `session.update`, `session.end`, a `session.start` without a
+        turn_id, or a type that is not known yet. An answer of type response.data is
+        delivered to the page. Layercode may deliver a webhook twice.
         """
         return None
 
     async def admit(self, request: web.Request) -> Event:
-        """Decides who may start a call; gives what Layercode is told about them.
+        """Decides who may start a call; returns what Layercode is told about them.
 
         That may be custom_metadata, which comes with every webhook of the session,
-        custom_headers, or config. Visitors cannot set those three; `metadata` and
-        `conversation_id`, however, are the visitor's own words. Raise
-        web.HTTPForbidden(reason="...") to refuse.
+        custom_headers, or config. Visitors cannot set these three. What the page sent,
+        `await request.json()`, is the visitor's own words, and so are `metadata` and
+        `conversation_id` in it. Raise web.HTTPForbidden(reason="...") to refuse.
         """
         return {}
 
@@ -739,10 +755,11 @@ class Agent:
     def ask(
         self, history: list[Turn], config: GenerateContentConfigDict | None = None
     ) -> AsyncGenerator[GenerateContentResponse, None]:
-        """Gives Gemini's answer to the last turn as google-genai's chunks.
+        """Returns Gemini's answer to the last turn, as google-genai's chunks.
 
-        `config` is google-genai's, and comes before what is the default here. A
-        question that is not answered in time is asked once more: see ask_twice().
+        `config` is google-genai's; what it says goes before the defaults here. If no
+        word comes, Gemini is asked once more: see ask_twice(). Use the chunks with
+        contextlib.aclosing(), as reply() does, so that an interruption ends them.
         Raises ModelError, aiohttp's errors, and RuntimeError without a key.
         """
         gemini = self.gemini
@@ -751,10 +768,10 @@ class Agent:
         said = contents(history)
         instruction = self.instruction()
 
-        def ask() -> AsyncGenerator[GenerateContentResponse, None]:
+        def ask_once() -> AsyncGenerator[GenerateContentResponse, None]:
             return gemini.ask(said, instruction, config or {})
 
-        return ask_twice(ask, speaks, history[-1])
+        return ask_twice(ask_once, speaks, history[-1])
 
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
@@ -830,7 +847,8 @@ class Reply:
         self.stopped = False
         self.spoken = ""
         self.finished = False
-        self.hung_up = False
+        # Whether it ends the call.
+        self.hangs_up = False
         # Whether the same words were spoken before, for the same webhook.
         self.again = False
         self.outcome = "interrupted"
@@ -854,6 +872,7 @@ class Reply:
             async with asyncio.timeout(WRITE_PATIENCE):
                 await self.response.write(f"data: {json.dumps(frame)}\n\n".encode())
         except TimeoutError:
+            self.outcome = "interrupted: Layercode has stopped reading"
             if self.request.transport is not None:
                 self.request.transport.abort()
             raise ConnectionResetError("Layercode has stopped reading") from None
@@ -863,12 +882,12 @@ class Reply:
         if words.strip() and self.first_word is None:
             self.first_word = time.monotonic()
         if piece.get("type") == "response.hangup":
-            self.hung_up = True
+            self.hangs_up = True
         # However many pieces come at once, other callers are served in between.
         await asyncio.sleep(0)
 
     def be_patient(self) -> None:
-        """Gives the answer PATIENCE seconds for its next piece."""
+        """Allows PATIENCE seconds for the next piece."""
         if self.patience is not None and not self.stopped:
             now = asyncio.get_running_loop().time()
             self.patience.reschedule(now + PATIENCE)
@@ -876,7 +895,7 @@ class Reply:
     def stop(self) -> None:
         """Ends the answer where it is, as one that was cut off."""
         self.stopped = True
-        # It may have come to its end just now.
+        # If the timeout is already over, there is nothing to cut.
         with contextlib.suppress(RuntimeError):
             if self.patience is not None:
                 self.patience.reschedule(asyncio.get_running_loop().time())
@@ -906,7 +925,9 @@ class Webhook:
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
-        # In each conversation, the reply that is being spoken.
+        # Those that are not over.
+        self.replies: set[Reply] = set()
+        # In each conversation, the one that is being spoken.
         self.speaking: dict[str, Reply] = {}
         # Tasks that asyncio itself would let go of before they are done.
         self.working: set[asyncio.Task[None]] = set()
@@ -943,16 +964,17 @@ class Webhook:
         is shown those words and [interrupted]. If that webhook comes before the dropped
         connection is noticed, begin() cancels the earlier reply and waits for it.
         """
+        self.replies.add(reply)
         try:
             await self.speak(reply)
         finally:
             reply.write_log()
-            await self.do_anyway(self.record(reply))
+            await self.do_anyway(self.end(reply))
         return reply.response
 
     async def speak(self, reply: Reply) -> None:
         """Writes the answer, or the apology in the place of what fails or stalls."""
-        # If Layercode has hung up, the apology cannot be written either.
+        # If the connection is gone, the apology cannot be written either.
         with contextlib.suppress(ConnectionResetError):
             await reply.response.prepare(reply.request)
             cut_off = False
@@ -972,9 +994,9 @@ class Webhook:
     async def apologize(self, reply: Reply, error: Exception) -> None:
         """Says the apology, after what was said before the error."""
         log_stack(error)
-        reply.log_level = logging.WARNING
         separator = " " if reply.spoken else ""
         await reply.say(separator + self.agent.apology)
+        reply.log_level = logging.WARNING
 
     async def say_all(self, reply: Reply) -> None:
         """Writes the pieces of the answer the moment they come."""
@@ -983,7 +1005,7 @@ class Webhook:
                 async for piece in pieces:
                     await reply.say(piece)
                     reply.be_patient()
-        if not (reply.spoken.strip() or reply.hung_up or reply.again):
+        if not (reply.spoken.strip() or reply.hangs_up or reply.again):
             raise ModelError("no words")
 
     async def begin(self, reply: Reply) -> Speech:
@@ -994,23 +1016,21 @@ class Webhook:
         still being spoken, that reply is cut off, and this delivery gets a new one. If
         it was cut off and nothing came after it, it gets a new one, too.
         """
-        histories = self.agent.histories
         conversation = reply.conversation
-        turn_id = reply.turn_id
         # Before the model is asked, and even if the caller hangs up: no word gets lost.
         await self.do_anyway(self.record_words(reply))
-        turns = await histories.load(conversation)
-        while conversation in self.speaking and not was_answered(turns, turn_id):
-            await self.hush(self.speaking[conversation])
-            turns = await histories.load(conversation)
-        if was_answered(turns, turn_id):
+        turns = await self.take_the_floor(reply)
+        if conversation in self.speaking or is_past(turns, reply.turn_id):
             reply.again = True
-            return say_once(turns[turn_id].spoken)
+            return say_once(turns[reply.turn_id].spoken)
         self.speaking[conversation] = reply
-        del turns[turn_id]
-        # A report may come before the turn that it is about is known, or without it.
-        earlier = [turn for turn in turns.values() if turn.user or turn.spoken]
-        history = [*earlier, reply.turn][-MAX_TURNS:]
+        history = [
+            turn
+            for turn_id, turn in turns.items()
+            # A report may come before the turn that it is about, or without it.
+            if turn_id != reply.turn_id and (turn.user or turn.spoken)
+        ]
+        history = [*history, reply.turn][-MAX_TURNS:]
         if reply.event["type"] != "message":
             if self.agent.gemini is not None:
                 # While the caller listens, the connection opens for the first reply.
@@ -1019,6 +1039,20 @@ class Webhook:
         if not reply.turn.user:
             return say_once(self.agent.apology)
         return self.agent.reply(reply.event, history)
+
+    async def take_the_floor(self, reply: Reply) -> dict[str, Turn]:
+        """Cuts off who is speaking, unless they began later; returns the turns.
+
+        They are loaded when the earlier reply is recorded.
+        """
+        while True:
+            turns = await self.agent.histories.load(reply.conversation)
+            other = self.speaking.get(reply.conversation)
+            if other is None or other.started > reply.started:
+                return turns
+            if is_past(turns, reply.turn_id):
+                return turns
+            await self.hush(other)
 
     async def hush(self, reply: Reply) -> None:
         """Cuts a reply off and waits until it is recorded."""
@@ -1044,39 +1078,46 @@ class Webhook:
             )
         await histories.record(reply.conversation, reply.turn_id, user=reply.turn.user)
 
-    async def record(self, reply: Reply) -> None:
+    async def end(self, reply: Reply) -> None:
         """Records what was spoken, and lets the next reply begin."""
         conversation = reply.conversation
-        # Otherwise it was spoken again, or cut off before it had begun.
-        if self.speaking.get(conversation) is not reply:
-            return
         try:
-            await self.agent.histories.record(
-                conversation,
-                reply.turn_id,
-                spoken=reply.spoken,
-                finished=reply.finished,
-            )
-        except Exception as error:
-            log.error("conversation=%r is not recorded: %s", conversation, cause(error))
-            log_stack(error)
+            # Otherwise it was spoken again, or cut off before it had begun.
+            if self.speaking.get(conversation) is reply:
+                await self.record_answer(reply)
+                del self.speaking[conversation]
         finally:
-            del self.speaking[conversation]
+            self.replies.discard(reply)
             reply.over.set()
 
-    async def stop(self, app: web.Application) -> None:
-        """Lets the replies in flight end for GRACE seconds, then ends the others."""
-        if not await self._all_over(GRACE):
-            for reply in list(self.speaking.values()):
-                reply.stop()
-            await self._all_over(1)
+    async def record_answer(self, reply: Reply) -> None:
+        """Records what was spoken. The log tells if the store does not take it."""
+        try:
+            async with asyncio.timeout(RECORD_PATIENCE):
+                await self.agent.histories.record(
+                    reply.conversation,
+                    reply.turn_id,
+                    spoken=reply.spoken,
+                    finished=reply.finished,
+                )
+        except Exception as error:
+            name = reply.conversation
+            log.error("conversation=%r is not recorded: %s", name, cause(error))
+            log_stack(error)
 
-    async def _all_over(self, seconds: float) -> bool:
+    async def stop(self, app: web.Application) -> None:
+        """Lets the replies in flight go on for GRACE seconds, then cuts them off."""
+        await self.wait_for_replies(GRACE)
+        for reply in self.replies:
+            reply.stop()
+        await self.wait_for_replies(1)
+
+    async def wait_for_replies(self, seconds: float) -> None:
+        """Waits until all replies are over, but no longer than that."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                for reply in list(self.speaking.values()):
+                for reply in list(self.replies):
                     await reply.over.wait()
-        return not self.speaking
 
 
 class Pages:
@@ -1100,13 +1141,14 @@ class Pages:
             path, reason = request.path, error.reason
             who = f"{request.method} {path[:60]!r} from {origin[:60]!r}"
             log.warning("%s: %d %s", who, error.status, reason)
-            response = refusal(error.status, reason)
-        except ConnectionError:
-            raise
+            response = error_response(error.status, reason)
         except Exception as error:
+            if request.transport is None:
+                # Nobody is there to be told.
+                raise
             log.error("%s %.60r failed: %s", request.method, request.path, cause(error))
             log_stack(error)
-            response = refusal(500, "the agent failed: its log says where")
+            response = error_response(500, "the agent failed: its log says where")
         if allowed:
             response.headers["Access-Control-Allow-Origin"] = origin
             response.headers["Access-Control-Allow-Headers"] = (
@@ -1124,7 +1166,10 @@ class Pages:
 
     async def authorize(self, request: web.Request) -> web.Response:
         """Gets a page its session: Layercode's answer, while the API key stays here."""
-        page = parse(await read_body(request))
+        body = await read_body(request)
+        if len(body) > MAX_PAGE:
+            raise web.HTTPRequestEntityTooLarge(MAX_PAGE, len(body))
+        page = parse(body)
         settings = self.agent.settings
         key = settings.layercode_api_key
         if not key:
@@ -1142,12 +1187,12 @@ class Pages:
             if page.get(name) is not None:
                 session[name] = page[name]
         session.update(await self.agent.admit(request))
-        status, body = await self._ask_layercode(session)
+        status, answer = await self._ask_layercode(session)
         # An answer that quotes the request must not show the page the key.
-        body = body.replace(key.encode(), b"***")
-        reason = reason_of(status, body)
+        answer = answer.replace(key.encode(), b"***")
+        reason = reason_of(status, answer)
         return web.Response(
-            body=body, status=status, reason=reason, content_type="application/json"
+            body=answer, status=status, reason=reason, content_type="application/json"
         )
 
     async def _ask_layercode(self, session: Event) -> tuple[int, bytes]:
@@ -1187,7 +1232,7 @@ async def say_up(request: web.Request) -> web.Response:
     return web.Response(text="The agent is up.\n")
 
 
-def refusal(status: int, reason: str) -> web.Response:
+def error_response(status: int, reason: str) -> web.Response:
     """An error as JSON. The browser SDK shows the page only the reason phrase."""
     return web.json_response({"error": reason}, status=status, reason=reason)
 
@@ -1210,8 +1255,8 @@ def reason_of(status: int, body: bytes) -> str:
     return " ".join(words)[:200]
 
 
-def was_answered(turns: dict[str, Turn], turn_id: str) -> bool:
-    """Whether a turn is over for good: finished, or followed by a later one."""
+def is_past(turns: dict[str, Turn], turn_id: str) -> bool:
+    """Whether a turn will not be answered any more: finished, or not the last one."""
     return turns[turn_id].finished or turn_id != list(turns)[-1]
 
 
@@ -1236,15 +1281,19 @@ async def read_body(request: web.Request) -> bytes:
             reason=f"the body did not end within {BODY_PATIENCE:g} s"
         ) from None
     except web.RequestPayloadError:
-        raise web.HTTPBadRequest(reason="the body is not as its head says") from None
+        raise web.HTTPBadRequest(reason="the body does not match its headers") from None
 
 
 def parse(body: bytes) -> Event:
-    """The JSON object in a body. Raises HTTPBadRequest if it is none."""
+    """The JSON object in a body. Raises HTTPBadRequest if there is none."""
     event: object = None
+    text = body.decode(errors="replace")
     with contextlib.suppress(ValueError, RecursionError):
-        # JSON can spell a half of a character, which nothing can encode.
-        event = json.loads(clean(json.dumps(json.loads(body), ensure_ascii=False)))
+        event = json.loads(text)
+        # JSON can spell half of a character, such as \ud83d.
+        if "\\ud" in text.lower():
+            text = clean(json.dumps(event, ensure_ascii=False))
+            event = json.loads(text)
     if not isinstance(event, dict):
         raise web.HTTPBadRequest(reason="the body is not a JSON object")
     return event
@@ -1353,7 +1402,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 class Brief(logging.Filter):
     """Shortens what strangers can have aiohttp and asyncio log.
 
-    Rubbish for HTTP, and more connections than files, become one line a second at
+    Malformed HTTP, and more connections than open files, become one line a second at
     most, without a traceback. All else passes.
     """
 
@@ -1364,7 +1413,8 @@ class Brief(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is to be written."""
         error = record.exc_info[1] if record.exc_info else None
-        if not isinstance(error, HttpProcessingError | OSError):
+        no_files = isinstance(error, OSError) and error.errno == errno.EMFILE
+        if not no_files and not isinstance(error, HttpProcessingError):
             return True
         now = time.monotonic()
         if now < self.silent_until:
