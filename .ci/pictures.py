@@ -1,0 +1,194 @@
+"""Draws the pictures of README.md, from a real chat and from a real page.
+
+chat.svg is what a terminal shows while somebody talks to README.md's pizza.py. The
+terminal, the agent and the interruption are real; a script stands in for Gemini. page.png
+is README.md's page in Chromium. test_readme.py fails when they are no longer true; then:
+
+    PYTHONPATH=. LAYERCODE_JS_SDK=... python .ci/pictures.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import struct
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import aiohttp
+
+import agent
+from test_agent import Gemini
+from test_agent import Layercode
+from test_agent import Stall
+from test_agent import served
+from test_browser import ALLOW_MICROPHONE
+from test_browser import SETTINGS
+from test_browser import Browser
+from test_browser import Cloud
+from test_browser import Pizzeria
+from test_browser import chromium
+from test_browser import page_of_readme
+from test_terminal import CTRL_D
+from test_terminal import Person
+from test_terminal import sit_down
+
+HERE = Path(agent.__file__).parent
+CHAT = HERE / ".github" / "chat.svg"
+PAGE = HERE / ".github" / "page.png"
+
+# ---- The chat ------------------------------------------------------------------------
+
+SCRIPTS = [
+    ["One large salami. ", "It'll be ready in ", Stall()],
+    ["Two large salami, then. ", "What's the name?"],
+    ["Thank you, Ada. They'll be ready in twenty minutes!"],
+]
+COLUMNS = 80
+LINE_HEIGHT = 22
+LETTER_WIDTH = 8.43
+MARGIN = 24
+FONTS = "ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"
+# By their ANSI codes: what is typed, and what the agent says.
+COLOURS = {"0": "#e6edf3", "36": "#56d4dd"}
+
+
+def pizza() -> str:
+    """README.md's first agent."""
+    readme = (HERE / "README.md").read_text("utf-8")
+    blocks = re.findall(r"(?ms)^```python\n(.*?)^```$", readme)
+    return next(block for block in blocks if "Luigi" in block)
+
+
+async def chat() -> str:
+    """What a terminal shows of a chat with an interruption in it."""
+    gemini = Gemini()
+    gemini.scripts = list(SCRIPTS)
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "pizza.py").write_text(pizza(), "utf-8")
+        async with served(gemini.app(), handler_cancellation=True) as url:
+            settings = {
+                "PS1": "$ ",
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "PYTHONPATH": str(HERE),
+                "GOOGLE_GENERATIVE_AI_API_KEY": "a key",
+                "GOOGLE_GEMINI_BASE_URL": url,
+            }
+            shell = ("bash", "--norc", "--noprofile", "-i")
+            async with sit_down(*shell, cwd=folder, **settings) as person:
+                await order(person, gemini)
+                return person.shown
+
+
+async def order(person: Person, gemini: Gemini) -> None:
+    """Starts the agent, orders a pizza, and has a better idea meanwhile."""
+    await person.see("$ ")
+    person.type("python pizza.py chat\r")
+    await person.see("\n> ")
+    person.type("A large salami, please.\r")
+    await person.see("ready in ")
+    # One key is enough to silence the agent.
+    person.type("M")
+    await gemini.until(streams=0)
+    await person.see("\n> M")
+    person.type("ake it two!\r")
+    await person.see("\n> ")
+    person.type("Ada.\r")
+    await person.see("\n> ")
+    person.type(CTRL_D)
+    await person.see("$ ")
+
+
+def draw(shown: str) -> str:
+    """A terminal's output as SVG."""
+    # Of the shell's, readline's and the chat's orders only the colours are drawn.
+    shown = re.sub(r"\x1b\[\?2004[hl]|\r", "", shown).removesuffix("\n$ ")
+    lines = shown.split("\n")
+    width = round(COLUMNS * LETTER_WIDTH) + 2 * MARGIN
+    height = (len(lines) + 2) * LINE_HEIGHT + MARGIN // 2
+    drawn = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">',
+        f'<rect width="{width}" height="{height}" rx="10" fill="#0d1117"/>',
+    ]
+    for x in (28, 48, 68):
+        drawn.append(f'<circle cx="{x}" cy="22" r="6" fill="#30363d"/>')
+    drawn.append(f'<g font-family="{FONTS}" font-size="14" xml:space="preserve">')
+    for number, line in enumerate(lines):
+        spans = ""
+        for colour, text in runs(line):
+            spans += f'<tspan fill="{colour}">{escape(text, quote=False)}</tspan>'
+        y = (number + 2.5) * LINE_HEIGHT
+        drawn.append(f'<text x="{MARGIN}" y="{y:g}">{spans}</text>')
+    return "\n".join([*drawn, "</g>", "</svg>", ""])
+
+
+def runs(line: str) -> Iterator[tuple[str, str]]:
+    """The texts of a line that have one colour each, as (colour, text)."""
+    # Text, code, text, code, ..., text.
+    parts = re.split(r"\x1b\[([0-9]*)m", line)
+    codes = ["0", *parts[1::2]]
+    for code, text in zip(codes, parts[::2], strict=True):
+        if text:
+            yield COLOURS[code], text
+
+
+# ---- The page ------------------------------------------------------------------------
+
+
+async def photograph() -> bytes:
+    """A picture of README.md's page in a call, as PNG with a note of what it shows."""
+    cloud = Cloud()
+    cloud.script = ["A large salami, please."]
+    with TemporaryDirectory() as profile:
+        async with (
+            served(cloud.app()) as url,
+            served(Pizzeria(replace(SETTINGS, layercode_api_url=url)).make_app()) as us,
+            aiohttp.ClientSession() as http,
+            chromium(Path(profile), ALLOW_MICROPHONE) as browser,
+        ):
+            cloud.show(Layercode(http, us))
+            await browser.command("/url", url=url.replace("127.0.0.1", "localhost"))
+            await browser.click("Start talking")
+            await browser.until("document.querySelector('.data')")
+            await browser.until("document.querySelector('.speaks')")
+            # Otherwise it may be photographed while its light is dim.
+            await browser.run(
+                "document.getAnimations().forEach((one) => one.cancel());"
+            )
+            picture = await browser.screenshot(640, 420)
+            return noted(picture, await note(browser))
+
+
+async def note(browser: Browser) -> str:
+    """What a picture of the page shows, and of which page it is."""
+    words = await browser.run("return document.querySelector('main').innerText;")
+    return f"{hashlib.sha256(page_of_readme().encode()).hexdigest()}\n{words}"
+
+
+def noted(png: bytes, text: str) -> bytes:
+    """A PNG with a note in it, in front of its end."""
+    told = b"iTXtnote\0\0\0\0\0" + text.encode()
+    size = struct.pack(">I", len(told) - 4)
+    check = struct.pack(">I", zlib.crc32(told))
+    end = png.rindex(b"IEND") - 4
+    return png[:end] + size + told + check + png[end:]
+
+
+def note_of(png: bytes) -> str:
+    """The note in a PNG."""
+    start = png.index(b"iTXtnote")
+    size = struct.unpack(">I", png[start - 4 : start])[0]
+    return png[start + 4 : start + 4 + size].partition(b"\0\0\0\0\0")[2].decode()
+
+
+if __name__ == "__main__":
+    CHAT.parent.mkdir(exist_ok=True)
+    CHAT.write_text(draw(asyncio.run(chat())), "utf-8")
+    PAGE.write_bytes(asyncio.run(photograph()))
