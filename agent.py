@@ -43,21 +43,18 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import AsyncGenerator
-from collections.abc import AsyncIterator
-from collections.abc import Awaitable
-from collections.abc import Callable
-from collections.abc import Coroutine
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Sequence,
+)
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import Any
-from typing import Generic
-from typing import Self
-from typing import TypedDict
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypedDict, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -66,9 +63,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 if TYPE_CHECKING:
     from google.genai.errors import APIError
-    from google.genai.types import GenerateContentConfigDict
-    from google.genai.types import GenerateContentResponse
-    from google.genai.types import HttpOptionsDict
+    from google.genai.types import (
+        GenerateContentConfigDict,
+        GenerateContentResponse,
+        HttpOptionsDict,
+    )
 
 log = logging.getLogger("agent")
 
@@ -515,8 +514,7 @@ class Gemini:
     def __init__(self, settings: Settings, http: aiohttp.ClientSession) -> None:
         # Importing it takes longer than all the rest, so only with a key.
         from google import genai
-        from google.genai.types import HttpOptions
-        from google.genai.types import HttpRetryOptions
+        from google.genai.types import HttpOptions, HttpRetryOptions
 
         options = HttpOptions(
             aiohttp_client=http,

@@ -1,10 +1,11 @@
 """Draws the pictures of README.md, from a real chat and from a real page.
 
-chat.svg is what a terminal shows while somebody talks to README.md's pizza.py. The
-terminal, the agent and the interruption are real; a script stands in for Gemini. page.png
-is README.md's page in Chromium. test_readme.py fails when they are no longer true; then:
+    python .ci/pictures.py             draws them anew
+    python .ci/pictures.py --check     fails if they are no longer true
 
-    PYTHONPATH=. LAYERCODE_JS_SDK=... python .ci/pictures.py
+chat.svg is what a terminal shows while somebody talks to README.md's pizza.py: the
+terminal, the agent and the interruption are real, and a script stands in for Gemini.
+page.png is README.md's page in Chromium; it needs what test_browser.py needs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import re
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -24,13 +24,12 @@ from tempfile import TemporaryDirectory
 
 import aiohttp
 
-import agent
-from test_agent import Gemini
-from test_agent import Layercode
-from test_agent import Stall
-from test_agent import served
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import recipes
 from test_browser import ALLOW_MICROPHONE
 from test_browser import SETTINGS
+from test_browser import SOUND
 from test_browser import Browser
 from test_browser import Cloud
 from test_browser import Pizzeria
@@ -39,6 +38,12 @@ from test_browser import page_of_readme
 from test_terminal import CTRL_D
 from test_terminal import Person
 from test_terminal import sit_down
+
+import agent
+from test_agent import Gemini
+from test_agent import Layercode
+from test_agent import Stall
+from test_agent import served
 
 HERE = Path(agent.__file__).parent
 CHAT = HERE / ".github" / "chat.svg"
@@ -60,24 +65,16 @@ FONTS = "ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"
 COLOURS = {"0": "#e6edf3", "36": "#56d4dd"}
 
 
-def pizza() -> str:
-    """README.md's first agent."""
-    readme = (HERE / "README.md").read_text("utf-8")
-    blocks = re.findall(r"(?ms)^```python\n(.*?)^```$", readme)
-    return next(block for block in blocks if "Luigi" in block)
-
-
 async def chat() -> str:
     """What a terminal shows of a chat with an interruption in it."""
     gemini = Gemini()
     gemini.scripts = list(SCRIPTS)
     with TemporaryDirectory() as folder:
-        (Path(folder) / "pizza.py").write_text(pizza(), "utf-8")
+        recipes.save("pizza.py", Path(folder))
         async with served(gemini.app(), handler_cancellation=True) as url:
             settings = {
                 "PS1": "$ ",
                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                "PYTHONPATH": str(HERE),
                 "GOOGLE_GENERATIVE_AI_API_KEY": "a key",
                 "GOOGLE_GEMINI_BASE_URL": url,
             }
@@ -117,8 +114,8 @@ def draw(shown: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">',
         f'<rect width="{width}" height="{height}" rx="10" fill="#0d1117"/>',
     ]
-    for x in (28, 48, 68):
-        drawn.append(f'<circle cx="{x}" cy="22" r="6" fill="#30363d"/>')
+    buttons = (28, 48, 68)
+    drawn += [f'<circle cx="{x}" cy="22" r="6" fill="#30363d"/>' for x in buttons]
     drawn.append(f'<g font-family="{FONTS}" font-size="14" xml:space="preserve">')
     for number, line in enumerate(lines):
         spans = ""
@@ -129,14 +126,18 @@ def draw(shown: str) -> str:
     return "\n".join([*drawn, "</g>", "</svg>", ""])
 
 
-def runs(line: str) -> Iterator[tuple[str, str]]:
+def runs(line: str) -> list[tuple[str, str]]:
     """The texts of a line that have one colour each, as (colour, text)."""
+    found = []
     # Text, code, text, code, ..., text.
     parts = re.split(r"\x1b\[([0-9]*)m", line)
     codes = ["0", *parts[1::2]]
     for code, text in zip(codes, parts[::2], strict=True):
-        if text:
-            yield COLOURS[code], text
+        if text and found and found[-1][0] == COLOURS[code]:
+            found[-1] = (COLOURS[code], found[-1][1] + text)
+        elif text:
+            found.append((COLOURS[code], text))
+    return found
 
 
 # ---- The page ------------------------------------------------------------------------
@@ -146,6 +147,8 @@ async def photograph() -> bytes:
     """A picture of README.md's page in a call, as PNG with a note of what it shows."""
     cloud = Cloud()
     cloud.script = ["A large salami, please."]
+    # Time enough for a picture while it speaks.
+    cloud.sound = 5 * SOUND
     with TemporaryDirectory() as profile:
         async with (
             served(cloud.app()) as url,
@@ -162,7 +165,7 @@ async def photograph() -> bytes:
             await browser.run(
                 "document.getAnimations().forEach((one) => one.cancel());"
             )
-            picture = await browser.screenshot(640, 420)
+            picture = await browser.screenshot(620, 370)
             return noted(picture, await note(browser))
 
 
@@ -188,7 +191,19 @@ def note_of(png: bytes) -> str:
     return png[start + 4 : start + 4 + size].partition(b"\0\0\0\0\0")[2].decode()
 
 
+def main() -> None:
+    """Draws the pictures, or checks them."""
+    drawn = draw(asyncio.run(chat()))
+    photo = asyncio.run(photograph())
+    if sys.argv[1:] != ["--check"]:
+        CHAT.write_text(drawn, "utf-8")
+        PAGE.write_bytes(photo)
+        return
+    if CHAT.read_text("utf-8") != drawn:
+        sys.exit(f"{CHAT} is not what a terminal shows now:\n{drawn}")
+    if note_of(PAGE.read_bytes()) != note_of(photo):
+        sys.exit(f"{PAGE} is not the page of README.md: {note_of(photo)}")
+
+
 if __name__ == "__main__":
-    CHAT.parent.mkdir(exist_ok=True)
-    CHAT.write_text(draw(asyncio.run(chat())), "utf-8")
-    PAGE.write_bytes(asyncio.run(photograph()))
+    main()

@@ -58,9 +58,8 @@ OPTIONS = [
     "use-fake-device-for-media-stream",
 ]
 ALLOW_MICROPHONE = "use-fake-ui-for-media-stream"
-# Half a second of silence, 16,000 samples a second of two bytes each, as the page plays
-# it.
-SOUND = base64.b64encode(bytes(16_000)).decode()
+# Half a second of silence: 16,000 samples a second, each of two bytes.
+SOUND = base64.b64encode(bytes(18_000)).decode()
 SETTINGS = Settings(
     layercode_webhook_secret=SECRET,
     layercode_api_key="API-KEY",
@@ -183,6 +182,8 @@ class Cloud:
     def __init__(self) -> None:
         # What the caller says, once the greeting is over.
         self.script: list[str] = []
+        # How each of the agent's answers sounds.
+        self.sound = SOUND
         self.caller: Layercode | None = None
         self.page = ""
         self.authorized: list[tuple[str, Event]] = []
@@ -250,7 +251,7 @@ class Cloud:
             if frame["type"] != "response.end":
                 await page.send_json(frame)
         played.clear()
-        await page.send_json({**turn, "type": "response.audio", "content": SOUND})
+        await page.send_json({**turn, "type": "response.audio", "content": self.sound})
         # The whole of it comes once more when it is over.
         await page.send_json({**turn, "type": "response.text", "content": words})
         await page.send_json({**turn, "type": "response.end"})
