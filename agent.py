@@ -647,7 +647,7 @@ async def let_go(chunks: AsyncIterator[GenerateContentResponse], wait: float) ->
 
 def speaks(chunk: GenerateContentResponse) -> bool:
     """Whether a chunk has words, or asks for a tool."""
-    return bool(plain(chunk.text).strip() or chunk.function_calls)
+    return bool(chunk.function_calls or plain(chunk.text).strip())
 
 
 def plain(words: str | None) -> str:

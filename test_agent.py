@@ -16,19 +16,10 @@ import re
 import signal
 import sys
 import time
-from asyncio.subprocess import PIPE
-from asyncio.subprocess import Process
-from collections.abc import AsyncGenerator
-from collections.abc import AsyncIterator
-from collections.abc import Awaitable
-from collections.abc import Callable
-from collections.abc import Mapping
-from contextlib import AsyncExitStack
-from contextlib import aclosing
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from dataclasses import fields
-from dataclasses import replace
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -40,16 +31,18 @@ import pytest_asyncio
 from aiohttp import web
 
 import agent
-from agent import RUNNER_OPTIONS
-from agent import Agent
-from agent import Event
-from agent import Histories
-from agent import Settings
-from agent import SettingsError
-from agent import Speech
-from agent import Turn
-from agent import sign
-from agent import verify
+from agent import (
+    RUNNER_OPTIONS,
+    Agent,
+    Event,
+    Histories,
+    Settings,
+    SettingsError,
+    Speech,
+    Turn,
+    sign,
+    verify,
+)
 
 pytestmark = pytest.mark.asyncio
 

@@ -28,8 +28,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from statistics import median
-from statistics import quantiles
+from statistics import median, quantiles
 
 import aiohttp
 from aiohttp import web
@@ -40,8 +39,7 @@ import recipes
 
 import agent
 from agent import Agent
-from test_agent import SECRET
-from test_agent import chunk
+from test_agent import SECRET, chunk
 
 ids = count(1)
 
@@ -93,9 +91,11 @@ class QuickGemini(asyncio.Protocol):
 def floor() -> web.Application:
     """The least that speaks: no signature, no history, no error handling."""
     from google.genai import Client
-    from google.genai.types import GenerateContentConfigDict
-    from google.genai.types import HttpOptions
-    from google.genai.types import HttpRetryOptions
+    from google.genai.types import (
+        GenerateContentConfigDict,
+        HttpOptions,
+        HttpRetryOptions,
+    )
 
     http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
     retry = HttpRetryOptions(attempts=2)

@@ -27,23 +27,20 @@ import aiohttp
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import recipes
-from test_browser import ALLOW_MICROPHONE
-from test_browser import SETTINGS
-from test_browser import SOUND
-from test_browser import Browser
-from test_browser import Cloud
-from test_browser import Pizzeria
-from test_browser import chromium
-from test_browser import page_of_readme
-from test_terminal import CTRL_D
-from test_terminal import Person
-from test_terminal import sit_down
+from test_browser import (
+    ALLOW_MICROPHONE,
+    SETTINGS,
+    SOUND,
+    Browser,
+    Cloud,
+    Pizzeria,
+    chromium,
+    page_of_readme,
+)
+from test_terminal import CTRL_D, Person, sit_down
 
 import agent
-from test_agent import Gemini
-from test_agent import Layercode
-from test_agent import Stall
-from test_agent import served
+from test_agent import Gemini, Layercode, Stall, served
 
 HERE = Path(agent.__file__).parent
 CHAT = HERE / ".github" / "chat.svg"

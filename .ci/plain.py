@@ -9,6 +9,7 @@ and nearly all of its expressions are typed. Exits with status 1 if not.
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,13 +29,17 @@ def python_blocks(readme: str) -> list[str]:
 
 
 def check_blocks(folder: Path) -> None:
-    """Runs ruff on each block, as a file of its own."""
+    """Runs ruff on each block, as a file of its own name beside agent.py."""
+    shutil.copy(ROOT / "agent.py", folder)
+    shutil.copy(ROOT / ".ruff.toml", folder)
     blocks = python_blocks((ROOT / "README.md").read_text("utf-8"))
     for number, block in enumerate(blocks):
-        (folder / f"block_{number}.py").write_text(block, "utf-8")
-    config = ROOT / ".ruff.toml"
+        name = f"block_{number}.py"
+        if block.startswith('"""'):
+            name = block.removeprefix('"""').partition(":")[0]
+        (folder / name).write_text(block, "utf-8")
     for command in (["check"], ["format", "--check"]):
-        subprocess.run(["ruff", *command, "--config", config, folder], check=True)
+        subprocess.run(["ruff", *command, "."], check=True, cwd=folder)
 
 
 def check_widths() -> None:

@@ -13,13 +13,9 @@ import json
 import os
 import re
 import shutil
-from asyncio.subprocess import PIPE
-from asyncio.subprocess import Process
-from collections.abc import AsyncIterator
-from collections.abc import Awaitable
-from collections.abc import Callable
-from contextlib import AsyncExitStack
-from contextlib import asynccontextmanager
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,15 +26,8 @@ import pytest_asyncio
 from aiohttp import web
 
 import agent
-from agent import Agent
-from agent import Event
-from agent import Settings
-from agent import Speech
-from agent import Turn
-from test_agent import SECRET
-from test_agent import Layercode
-from test_agent import Start
-from test_agent import served
+from agent import Agent, Event, Settings, Speech, Turn
+from test_agent import SECRET, Layercode, Start, served
 
 pytestmark = pytest.mark.asyncio
 

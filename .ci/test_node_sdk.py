@@ -14,8 +14,7 @@ from asyncio.subprocess import PIPE
 
 import pytest
 
-from agent import sign
-from agent import verify
+from agent import sign, verify
 
 pytestmark = pytest.mark.asyncio
 

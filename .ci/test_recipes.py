@@ -18,13 +18,9 @@ import sqlite3
 import sys
 import threading
 import time
-from asyncio.subprocess import PIPE
-from asyncio.subprocess import Process
-from collections.abc import AsyncIterator
-from collections.abc import Callable
-from collections.abc import Iterator
-from contextlib import AsyncExitStack
-from contextlib import asynccontextmanager
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,26 +29,23 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from aiohttp import web
-from recipes import README
-from recipes import load
-from recipes import save
+from recipes import README, load, save
 
 import agent
-from agent import Agent
-from agent import Event
-from agent import Histories
-from agent import Settings
-from test_agent import GEMINI_KEY
-from test_agent import SECRET
-from test_agent import WITH_GEMINI
-from test_agent import Gemini
-from test_agent import Layercode
-from test_agent import Stall
-from test_agent import Start
-from test_agent import Step
-from test_agent import report
-from test_agent import served
-from test_agent import words
+from agent import Agent, Event, Histories, Settings
+from test_agent import (
+    GEMINI_KEY,
+    SECRET,
+    WITH_GEMINI,
+    Gemini,
+    Layercode,
+    Stall,
+    Start,
+    Step,
+    report,
+    served,
+    words,
+)
 
 pytestmark = pytest.mark.asyncio
 

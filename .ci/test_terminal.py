@@ -14,11 +14,8 @@ import struct
 import sys
 import termios
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator
-from collections.abc import Awaitable
-from collections.abc import Callable
-from contextlib import AsyncExitStack
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
 from itertools import count
 from pathlib import Path
@@ -28,15 +25,8 @@ import pytest_asyncio
 from aiohttp import web
 
 import agent
-from agent import Agent
-from agent import Event
-from agent import Settings
-from agent import Speech
-from agent import Turn
-from test_agent import SECRET
-from test_agent import Start
-from test_agent import run
-from test_agent import served
+from agent import Agent, Event, Settings, Speech, Turn
+from test_agent import SECRET, Start, run, served
 
 pytestmark = pytest.mark.asyncio
 
