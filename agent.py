@@ -79,7 +79,8 @@ Piece = TypeVar("Piece")
 
 # ---- Limits --------------------------------------------------------------------------
 
-# Seconds without a next piece of an answer before the caller hears the apology.
+# Seconds without a next piece of an answer before the caller hears the
+# apology.
 PATIENCE = 8.0
 # Seconds after which a model that has said nothing is asked a second time.
 ASK_AGAIN_AFTER = 2.5
@@ -91,20 +92,21 @@ RECORD_PATIENCE = 2.0
 BODY_PATIENCE = 5.0
 # Seconds that Layercode's REST API may take to authorize a browser.
 AUTHORIZE_PATIENCE = 10.0
-# Seconds that Gemini may take to accept a connection ahead of the first question.
+# Seconds that Gemini may take to accept a connection ahead of the first
+# question.
 WARM_UP_PATIENCE = 10.0
 # Seconds that Gemini may take to end its stream after the last word, which
 # leaves the connection free for the next question.
 STREAM_END_PATIENCE = 0.1
-# Seconds that replies may go on for when the server is stopped. The rest of the
-# stop takes 4 at most: together less than the 10 that `docker stop` waits.
+# Seconds that replies may go on for when the server is stopped. The rest of
+# the stop takes 4 at most: together less than the 10 that `docker stop` waits.
 GRACE = 5.0
 # Seconds that a signature may be off, as in Layercode's Node SDK 1.2.1.
 TOLERANCE = 300
 # Bytes of a request's body, and of an answer of Layercode's REST API.
 MAX_BODY = 2**20
-# Bytes of what a page sends to be authorized: anybody may send it, and every caller
-# waits while it is parsed.
+# Bytes of what a page sends to be authorized: anybody may send it, and every
+# caller waits while it is parsed.
 MAX_PAGE = 2**16
 # Turns of a conversation that are kept and sent to the model.
 MAX_TURNS = 50
@@ -133,7 +135,8 @@ RUNNER_OPTIONS: RunnerOptions = {
     "keepalive_timeout": 120,
     # Seconds to go on reading a body after the request was answered.
     "lingering_time": 2,
-    # Seconds that aiohttp waits, twice, for requests in flight after Webhook.stop().
+    # Seconds that aiohttp waits, twice, for requests in flight after
+    # Webhook.stop().
     "shutdown_timeout": 1,
     "access_log": None,
 }
@@ -155,8 +158,9 @@ class SettingsError(ValueError):
 class Settings:
     """The variables of .env.example, each as a field of the same name.
 
-    An agent with settings of its own adds fields in a subclass; whether one is a text
-    or a number is told by its default. Raises SettingsError for a wrong value.
+    An agent with settings of its own adds fields in a subclass; whether one is
+    a text or a number is told by its default. Raises SettingsError for a wrong
+    value.
     """
 
     layercode_webhook_secret: str = dataclasses.field(default="", repr=False)
@@ -287,8 +291,8 @@ class Turn:
     # What the caller heard of an answer they interrupted. Layercode reports it
     # with a later webhook, and whatever else is known, it is what counts.
     heard: str | None = None
-    # What reply() did beside speaking, as contents for the model. A reply() that uses
-    # tools records it: README.md has the recipe.
+    # What reply() did beside speaking, as contents for the model. A reply()
+    # that uses tools records it: README.md has the recipe.
     done: Sequence[Event] = ()
     # What the log line says of the turn beside its figures.
     remark: str = dataclasses.field(default="", compare=False)
@@ -306,10 +310,11 @@ class Turn:
 class Histories:
     """What was said in each conversation, in memory.
 
-    A store of your own overrides both methods. load() must show what was recorded
-    before, in the order in which each turn was first recorded. Both may be called for
-    several conversations, and for one by several tasks, at a time. If they raise, or
-    take longer than PATIENCE, the caller hears the apology.
+    A store of your own overrides both methods. load() must show what was
+    recorded before, in the order in which each turn was first recorded. Both
+    may be called for several conversations, and for one by several tasks, at a
+    time. If they raise, or take longer than PATIENCE, the caller hears the
+    apology.
     """
 
     def __init__(self) -> None:
@@ -325,9 +330,10 @@ class Histories:
     async def record(self, conversation: str, turn_id: str, **facts: Any) -> None:
         """Sets fields of a Turn, which is a new one if its turn_id is new.
 
-        `user` is recorded before the model is asked, `spoken` and `finished` when the
-        answer is over or cut off, and `heard` when it is reported, which may be before
-        the others. No fact is recorded by two, so no order of arrival undoes one.
+        `user` is recorded before the model is asked, `spoken` and `finished`
+        when the answer is over or cut off, and `heard` when it is reported,
+        which may be before the others. No fact is recorded by two, so no order
+        of arrival undoes one.
         """
         turns = self._conversations.pop(conversation, {})
         self._conversations[conversation] = turns
@@ -377,7 +383,8 @@ def contents(history: list[Turn]) -> list[Event]:
 def sign(body: bytes, secret: str, timestamp: str = "") -> str:
     """The layercode-signature header for a body: "t=<Unix seconds>,v1=<hex>".
 
-    The hex is the HMAC-SHA256 of "<t>.<body>". Without a timestamp, it is signed now.
+    The hex is the HMAC-SHA256 of "<t>.<body>". Without a timestamp, it is
+    signed now.
     """
     timestamp = timestamp or str(int(time.time()))
     signed = timestamp.encode() + b"." + body
@@ -388,9 +395,9 @@ def sign(body: bytes, secret: str, timestamp: str = "") -> str:
 def verify(header: str, body: bytes, secret: str) -> bool:
     """Whether the header signs the body, and did so within TOLERANCE seconds.
 
-    The body is the bytes as they were received: the same JSON, parsed and written
-    again, may have other bytes. Of several v1 signatures, which there are while a
-    secret is being rotated, one must be right.
+    The body is the bytes as they were received: the same JSON, parsed and
+    written again, may have other bytes. Of several v1 signatures, which there
+    are while a secret is being rotated, one must be right.
     """
     timestamp = ""
     signatures = []
@@ -465,11 +472,12 @@ async def ask_twice(
 ) -> AsyncGenerator[Piece, None]:
     """Yields what ask() yields, and calls ask() once more if no word has come.
 
-    That is after ASK_AGAIN_AFTER seconds without a piece that speaks(), or at once
-    when the first request fails. The two then race, so that a model that is always
-    slow is not made slower, and the loser is cancelled. After the first word, nothing
-    is asked again. turn.remark tells the log why the model was asked twice. If neither
-    request speaks, raises the error of the one that failed last.
+    That is after ASK_AGAIN_AFTER seconds without a piece that speaks(), or at
+    once when the first request fails. The two then race, so that a model that
+    is always slow is not made slower, and the loser is cancelled. After the
+    first word, nothing is asked again. turn.remark tells the log why the model
+    was asked twice. If neither request speaks, raises the error of the one
+    that failed last.
     """
     asks = [Ask(ask(), speaks)]
     try:
@@ -487,7 +495,8 @@ async def ask_twice(
         async for piece in winner.pieces:
             yield piece
     finally:
-        # All of them first, because this may itself be cancelled while it waits.
+        # All of them first, because this may itself be cancelled while it
+        # waits.
         for one in asks:
             one.opening.cancel()
         for one in asks:
@@ -518,7 +527,8 @@ class Gemini:
 
         options = HttpOptions(
             aiohttp_client=http,
-            # Left alone, it sleeps for seconds and asks again: see ask_twice().
+            # Left alone, it sleeps for seconds and asks again: see
+            # ask_twice().
             retry_options=HttpRetryOptions(attempts=1),
         )
         key = settings.google_generative_ai_api_key
@@ -583,9 +593,9 @@ class Gemini:
     def _request(
         self, said: list[Event], instruction: str, config: GenerateContentConfigDict
     ) -> GenerateContentConfigDict:
-        # Every caller waits while google-genai builds contents: 0.25 ms a message. An
-        # extra_body is only merged, 40 turns in 1.5 ms; its contents replace the empty
-        # ones.
+        # Every caller waits while google-genai builds contents: 0.25 ms a
+        # message. An extra_body is only merged, 40 turns in 1.5 ms; its
+        # contents replace the empty ones.
         body: Event = {"contents": said}
         if "system_instruction" not in config:
             body["systemInstruction"] = {"parts": [{"text": instruction}]}
@@ -634,10 +644,11 @@ def is_last(chunk: GenerateContentResponse) -> bool:
 async def let_go(chunks: AsyncIterator[GenerateContentResponse], wait: float) -> None:
     """Makes google-genai release the connection of a stream, within `wait` seconds.
 
-    A stream that is read to its end leaves its connection to the next question, and
-    one that is cancelled while it is read closes it. With 0 seconds the read is
-    cancelled at once. A stream that is only closed keeps its connection until the
-    garbage collector comes: googleapis/python-genai, issue 2425.
+    A stream that is read to its end leaves its connection to the next
+    question, and one that is cancelled while it is read closes it. With 0
+    seconds the read is cancelled at once. A stream that is only closed keeps
+    its connection until the garbage collector comes: googleapis/python-genai,
+    issue 2425.
     """
     with contextlib.suppress(Exception):
         async with asyncio.timeout(wait):
@@ -675,8 +686,9 @@ async def stand_in(history: list[Turn]) -> AsyncGenerator[str, None]:
 class Agent:
     """A voice agent. Make it yours in a subclass: override its words and its methods.
 
-    `settings` and `histories` are what it was made with. While it serves, `http` is
-    an aiohttp session for your own requests, and `gemini` is set if there is a key.
+    `settings` and `histories` are what it was made with. While it serves,
+    `http` is an aiohttp session for your own requests, and `gemini` is set if
+    there is a key.
     """
 
     persona = "You're a friendly voice assistant on a call."
@@ -703,19 +715,20 @@ class Agent:
     async def greet(self, event: Event, history: list[Turn]) -> Speech:
         """Yields what is said when a call begins.
 
-        `event` is the webhook, with your custom_metadata, the page's metadata, or the
-        caller's from_phone_number. `history` ends with a turn in which the caller has
-        said nothing yet.
+        `event` is the webhook, with your custom_metadata, the page's metadata,
+        or the caller's from_phone_number. `history` ends with a turn in which
+        the caller has said nothing yet.
         """
         yield self.greeting if len(history) == 1 else self.welcome_back
 
     async def reply(self, event: Event, history: list[Turn]) -> Speech:
         """Yields the answer to the last turn of the history, piece by piece.
 
-        A str is spoken the moment it is yielded; a dict is an event for Layercode,
-        such as {"type": "response.data", "content": ...} for the page. It is cancelled
-        when the caller interrupts, so let CancelledError pass. If it raises anything
-        else, or yields nothing for PATIENCE seconds, the caller hears the apology.
+        A str is spoken the moment it is yielded; a dict is an event for
+        Layercode, such as {"type": "response.data", "content": ...} for the
+        page. It is cancelled when the caller interrupts, so let CancelledError
+        pass. If it raises anything else, or yields nothing for PATIENCE
+        seconds, the caller hears the apology.
         """
         if self.gemini is None:
             async for word in stand_in(history):
@@ -730,19 +743,21 @@ class Agent:
     async def notice(self, event: Event) -> Event | None:
         """Takes a webhook that asks for no speech; returns the answer, if there is one.
 
-        That is `data`, `session.update`, `session.end`, a `session.start` without a
-        turn_id, or a type that is not known yet. An answer of type response.data is
-        delivered to the page. Layercode may deliver a webhook twice.
+        That is `data`, `session.update`, `session.end`, a `session.start`
+        without a turn_id, or a type that is not known yet. An answer of type
+        response.data is delivered to the page. Layercode may deliver a webhook
+        twice.
         """
         return None
 
     async def admit(self, request: web.Request) -> Event:
         """Decides who may start a call; returns what Layercode is told about them.
 
-        That may be custom_metadata, which comes with every webhook of the session,
-        custom_headers, or config. Visitors cannot set these three. What the page sent,
-        `await request.json()`, is the visitor's own words, and so are `metadata` and
-        `conversation_id` in it. Raise web.HTTPForbidden(reason="...") to refuse.
+        That may be custom_metadata, which comes with every webhook of the
+        session, custom_headers, or config. Visitors cannot set these three.
+        What the page sent, `await request.json()`, is the visitor's own words,
+        and so are `metadata` and `conversation_id` in it. Raise
+        web.HTTPForbidden(reason="...") to refuse.
         """
         return {}
 
@@ -755,10 +770,11 @@ class Agent:
     ) -> AsyncGenerator[GenerateContentResponse, None]:
         """Returns Gemini's answer to the last turn, as google-genai's chunks.
 
-        `config` is google-genai's; what it says goes before the defaults here. If no
-        word comes, Gemini is asked once more: see ask_twice(). Use the chunks with
-        contextlib.aclosing(), as reply() does, so that an interruption ends them.
-        Raises ModelError, aiohttp's errors, and RuntimeError without a key.
+        `config` is google-genai's; what it says goes before the defaults here.
+        If no word comes, Gemini is asked once more: see ask_twice(). Use the
+        chunks with contextlib.aclosing(), as reply() does, so that an
+        interruption ends them. Raises ModelError, aiohttp's errors, and
+        RuntimeError without a key.
         """
         gemini = self.gemini
         if gemini is None:
@@ -858,7 +874,8 @@ class Reply:
     async def say(self, piece: str | Event) -> None:
         """Writes one piece as a frame. What is written counts as spoken.
 
-        Raises ConnectionResetError if Layercode has gone, or has stopped reading.
+        Raises ConnectionResetError if Layercode has gone, or has stopped
+        reading.
         """
         if isinstance(piece, str):
             piece = {"type": "response.tts", "content": piece}
@@ -881,7 +898,8 @@ class Reply:
             self.first_word = time.monotonic()
         if piece.get("type") == "response.hangup":
             self.hangs_up = True
-        # However many pieces come at once, other callers are served in between.
+        # However many pieces come at once, other callers are served in
+        # between.
         await asyncio.sleep(0)
 
     def be_patient(self) -> None:
@@ -952,15 +970,17 @@ class Webhook:
     async def answer(self, reply: Reply) -> web.StreamResponse:
         """Speaks a reply, to its end or until the caller interrupts.
 
-        The whole story of an interruption: the caller speaks, so Layercode drops the
-        connection. aiohttp then cancels this handler (handler_cancellation), wherever
-        it waits. CancelledError is not an Exception, so it passes the apology by. On
-        its way out it closes reply() and, in it, the stream from Gemini. Here the turn
-        is logged, and recorded with the words that were written and as not finished,
-        which a second cancellation cannot prevent. The caller's next webhook then says
-        how much of it was heard: begin() records that, too, and from then on the model
-        is shown those words and [interrupted]. If that webhook comes before the dropped
-        connection is noticed, begin() cancels the earlier reply and waits for it.
+        The whole story of an interruption: the caller speaks, so Layercode
+        drops the connection. aiohttp then cancels this handler
+        (handler_cancellation), wherever it waits. CancelledError is not an
+        Exception, so it passes the apology by. On its way out it closes
+        reply() and, in it, the stream from Gemini. Here the turn is logged,
+        and recorded with the words that were written and as not finished,
+        which a second cancellation cannot prevent. The caller's next webhook
+        then says how much of it was heard: begin() records that, too, and from
+        then on the model is shown those words and [interrupted]. If that
+        webhook comes before the dropped connection is noticed, begin() cancels
+        the earlier reply and waits for it.
         """
         self.replies.add(reply)
         try:
@@ -1009,13 +1029,15 @@ class Webhook:
     async def begin(self, reply: Reply) -> Speech:
         """Records what the webhook tells, and gives the answer that is to be spoken.
 
-        A webhook may be delivered twice. If its turn is finished, or a later one has
-        begun, the same words are spoken again and nothing changes. If the turn is
-        still being spoken, that reply is cut off, and this delivery gets a new one. If
-        it was cut off and nothing came after it, it gets a new one, too.
+        A webhook may be delivered twice. If its turn is finished, or a later
+        one has begun, the same words are spoken again and nothing changes. If
+        the turn is still being spoken, that reply is cut off, and this
+        delivery gets a new one. If it was cut off and nothing came after it,
+        it gets a new one, too.
         """
         conversation = reply.conversation
-        # Before the model is asked, and even if the caller hangs up: no word gets lost.
+        # Before the model is asked, and even if the caller hangs up: no word
+        # gets lost.
         await self.do_anyway(self.record_words(reply))
         turns = await self.take_the_floor(reply)
         if conversation in self.speaking or is_past(turns, reply.turn_id):
@@ -1025,13 +1047,15 @@ class Webhook:
         history = [
             turn
             for turn_id, turn in turns.items()
-            # A report may come before the turn that it is about, or without it.
+            # A report may come before the turn that it is about, or without
+            # it.
             if turn_id != reply.turn_id and (turn.user or turn.spoken)
         ]
         history = [*history, reply.turn][-MAX_TURNS:]
         if reply.event["type"] != "message":
             if self.agent.gemini is not None:
-                # While the caller listens, the connection opens for the first reply.
+                # While the caller listens, the connection opens for the first
+                # reply.
                 self.agent.gemini.warm_up()
             return self.agent.greet(reply.event, history)
         if not reply.turn.user:
@@ -1070,7 +1094,8 @@ class Webhook:
         histories = self.agent.histories
         interruption = interruption_of(reply.event)
         if interruption is not None:
-            # First, so that this turn is the last one even if that one is unknown.
+            # First, so that this turn is the last one even if that one is
+            # unknown.
             await histories.record(
                 reply.conversation, interruption.turn_id, heard=interruption.heard
             )
@@ -1157,7 +1182,8 @@ class Pages:
 
     def _is_allowed(self, origin: str) -> bool:
         for pattern in self.agent.settings.origins():
-            # To fnmatch, the [ of an IPv6 address would begin a set of characters.
+            # To fnmatch, the [ of an IPv6 address would begin a set of
+            # characters.
             if fnmatch.fnmatchcase(origin, pattern.replace("[", "[[]")):
                 return True
         return False
@@ -1175,8 +1201,9 @@ class Pages:
         agent_id = text_of(page, "agent_id", "pipeline_id")
         if settings.layercode_agent_id not in ("", agent_id):
             raise web.HTTPForbidden(reason="agent_id is not LAYERCODE_AGENT_ID")
-        # One by one, because Layercode would take more of them: with a config, a
-        # visitor could have the session call a webhook and a model of their own.
+        # One by one, because Layercode would take more of them: with a config,
+        # a visitor could have the session call a webhook and a model of their
+        # own.
         session: Event = {"agent_id": agent_id}
         conversation = page.get("conversation_id") or page.get("session_id")
         if conversation is not None:
@@ -1400,8 +1427,8 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 class Brief(logging.Filter):
     """Shortens what strangers can have aiohttp and asyncio log.
 
-    Malformed HTTP, and more connections than open files, become one line a second at
-    most, without a traceback. All else passes.
+    Malformed HTTP, and more connections than open files, become one line a
+    second at most, without a traceback. All else passes.
     """
 
     def __init__(self) -> None:
@@ -1471,8 +1498,8 @@ class Caller:
     async def call(self, event: Event) -> AsyncGenerator[Event, None]:
         """Sends a webhook, really signed, and yields the frames of the answer.
 
-        Closing it before the end drops the connection, as Layercode does when the
-        caller interrupts. Raises CallError.
+        Closing it before the end drops the connection, as Layercode does when
+        the caller interrupts. Raises CallError.
         """
         if not self.url.lower().startswith(("http://", "https://")):
             raise CallError(f"{self.url} is not a URL: does it begin with https://?")
@@ -1582,15 +1609,16 @@ def explain_call(url: str, error: Exception) -> str:
     return f"{host} broke the answer off ({type(error).__name__}). See the agent's log."
 
 
-# Control characters, of which a terminal could take orders. Line breaks are kept.
+# Control characters, of which a terminal could take orders. Line breaks are
+# kept.
 CONTROLS = dict.fromkeys([*range(10), *range(11, 32), *range(127, 160)])
 
 
 class Terminal:
     """The person's end of a chat: keys in, words out.
 
-    The first key that is typed while the agent speaks interrupts it. Where the input
-    or the output is not a terminal, nothing interrupts.
+    The first key that is typed while the agent speaks interrupts it. Where the
+    input or the output is not a terminal, nothing interrupts.
     """
 
     def __init__(self) -> None:
@@ -1655,7 +1683,8 @@ class Terminal:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(line.set_result, text)
 
-        # In a thread, so that the agent can go on; a daemon, so that Ctrl-C can end it.
+        # In a thread, so that the agent can go on; a daemon, so that Ctrl-C
+        # can end it.
         threading.Thread(target=read, daemon=True).start()
         self.line_begun = self.is_terminal
         text = await line
@@ -1667,7 +1696,8 @@ class Terminal:
             with contextlib.suppress(EOFError):
                 return input("> ")
             return None
-        # Without sys.stdin, whose lock would keep Ctrl-C from ending the process.
+        # Without sys.stdin, whose lock would keep Ctrl-C from ending the
+        # process.
         line = io.FileIO(sys.stdin.fileno(), closefd=False).readline()
         return line.decode(errors="replace").rstrip("\r\n") if line else None
 
@@ -1690,8 +1720,8 @@ class Terminal:
     def restored(self, *, keys_at_once: bool = False) -> Iterator[None]:
         """Leaves the terminal in the modes in which it was, whatever happens.
 
-        With keys_at_once, keys meanwhile arrive when they are typed, not with Enter,
-        and are not printed.
+        With keys_at_once, keys meanwhile arrive when they are typed, not with
+        Enter, and are not printed.
         """
         if sys.platform == "win32" or not self.is_terminal:
             yield
@@ -1883,8 +1913,8 @@ def read_arguments() -> argparse.Namespace:
 def main(agent: type[Agent] = Agent) -> None:
     """Serves the agent, or chats with it, as the command line says.
 
-    Settings that cannot be right, and an address that cannot be had, end it with one
-    line and status 1.
+    Settings that cannot be right, and an address that cannot be had, end it
+    with one line and status 1.
     """
     arguments = read_arguments()
     try:

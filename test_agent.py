@@ -683,7 +683,7 @@ BODY = b'{"type": "data", "session_id": "session_1"}'
         f"t={'9' * 5000},v1=00",
         "t=\u00b2,v1=00",
         sign(BODY, SECRET, str(NOW - 310)),
-        sign(BODY, SECRET, str(NOW + 400)),
+        sign(BODY, SECRET, str(NOW + 3600)),
         sign(BODY, "another secret", str(NOW)),
         sign(BODY + b" ", SECRET, str(NOW)),
         sign(BODY, SECRET, str(NOW)).replace("v1=", "v0="),
@@ -1319,9 +1319,10 @@ async def test_the_least_recently_used_conversations_go() -> None:
     for number in range(10_100):
         await histories.record(str(number), "turn", user="hello")
         await histories.record(str(number), "turn", finished=True)
-        await histories.record("0", "turn", user="again")
+        await histories.record("0", "another turn", user="hello", finished=True)
     known = [number for number in range(10_100) if await histories.load(str(number))]
     assert (known[:2], known[-1], len(known)) == ([0, 101], 10_099, 10_000)
+    assert list(await histories.load("0")) == ["turn", "another turn"]
 
 
 async def test_a_conversation_that_is_being_answered_does_not_go(
@@ -1838,6 +1839,7 @@ async def test_the_log_has_neither_words_nor_secrets_at_any_level(
 async def test_an_error_of_one_s_own_is_told_by_its_place(
     start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("DEBUG", "agent")
     caller = await start(Speaker("Well.", KeyError("secret words")))
     assert await caller.say("hello") == f"Well. {Agent.apology}"
     [line] = logged(caplog)
@@ -2046,9 +2048,12 @@ async def first_lines(lines: int, **settings: str) -> str:
     """The first lines that the agent prints with these settings."""
     process = await run(**settings)
     assert process.stdout is not None
-    said = [await process.stdout.readline() for _ in range(lines)]
-    process.kill()
-    await process.communicate()
+    try:
+        async with asyncio.timeout(10):
+            said = [await process.stdout.readline() for _ in range(lines)]
+    finally:
+        process.kill()
+        await process.communicate()
     return b"".join(said).decode()
 
 
@@ -2304,6 +2309,19 @@ async def test_admit_may_say_what_a_visitor_may_not(start: Start, api: Api) -> N
         "custom_headers": {"shop": "Leeds"},
         "config": {"voice": "low"},
     }
+
+
+async def test_what_admit_says_goes_before_what_the_page_says(
+    start: Start, api: Api
+) -> None:
+    class Namer(Agent):
+        async def admit(self, request: web.Request) -> Event:
+            page = await request.json()
+            return {"metadata": {"name": "Ana", "was": page["metadata"]["name"]}}
+
+    page = Page(await start(Namer(api.settings)))
+    assert await page.status({"agent_id": "a", "metadata": {"name": "Eve"}}) == 200
+    assert api.asked[0][1]["metadata"] == {"name": "Ana", "was": "Eve"}
 
 
 async def test_an_error_in_admit_is_a_500_that_the_page_can_read(

@@ -13,7 +13,7 @@ import ssl
 import struct
 import sys
 import termios
-from asyncio.subprocess import PIPE
+from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
@@ -46,7 +46,7 @@ CTRL_D = "\x04"
 class Person:
     """Somebody at a real terminal in which a program runs."""
 
-    def __init__(self, process: asyncio.subprocess.Process, here: int, there: int):
+    def __init__(self, process: Process, here: int, there: int):
         self.process = process
         # The two ends of the terminal: a person's, and the program's.
         self.here = here
@@ -398,9 +398,20 @@ async def test_a_line_of_the_log_stands_between_the_words_and_not_among_them(
 # ---- Pipes and arguments -------------------------------------------------------------
 
 
+async def output(process: Process, said: bytes = b"") -> tuple[bytes, bytes]:
+    """What a process that ends by itself writes to its two outputs."""
+    try:
+        async with asyncio.timeout(30):
+            return await process.communicate(said)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
 async def test_by_pipes_each_line_is_a_message_and_only_words_come_out() -> None:
     process = await run("chat")
-    out, err = await process.communicate(b"My name is Ada.\n\nWhat did I say?\n")
+    out, err = await output(process, b"My name is Ada.\n\nWhat did I say?\n")
     greeting, first, second = out.decode().splitlines()
     assert greeting == Agent.greeting
     assert "You said 'My name is Ada.'" in first
@@ -426,7 +437,7 @@ async def test_help_tells_the_usage_and_starts_nothing(
     arguments: tuple[str, ...],
 ) -> None:
     process = await run(*arguments)
-    out, err = await process.communicate()
+    out, err = await output(process)
     assert out.startswith(b"usage: agent.py [-h] [chat] [URL]")
     assert (process.returncode, err) == (0, b"")
 
@@ -436,7 +447,7 @@ async def test_an_unknown_argument_is_a_usage_line_and_status_2(
     arguments: tuple[str, ...],
 ) -> None:
     process = await run(*arguments)
-    out, err = await process.communicate()
+    out, err = await output(process)
     assert (process.returncode, out) == (2, b"")
     assert err.startswith(b"usage: agent.py [-h] [chat] [URL]")
 
@@ -541,7 +552,7 @@ async def complaint(
         },
     )
     async with asyncio.timeout(30):
-        out, err = await process.communicate()
+        out, err = await output(process)
     assert process.returncode == 1, (out, err)
     [line] = err.decode().splitlines()
     return line.removeprefix("agent.py: "), out.decode()
@@ -728,6 +739,5 @@ async def test_an_answer_is_over_with_response_end_though_the_stream_stays_open(
     async with webhook(stay_open) as host:
         url = f"http://{host}/agent"
         process = await run("chat", url, LAYERCODE_WEBHOOK_SECRET=SECRET)
-        async with asyncio.timeout(10):
-            out, err = await process.communicate(b"hello\n")
+        out, err = await output(process, b"hello\n")
     assert (out, err) == (b"You said None.\nYou said hello.\n", b"")
