@@ -836,6 +836,8 @@ class Agent:
 # ---- The server ----------------------------------------------------------------------
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+# Makes the answer that a Reply speaks.
+Begin = Callable[["Reply"], Awaitable[Speech]]
 
 
 class Reply:
@@ -871,6 +873,44 @@ class Reply:
         self.started = time.monotonic()
         self.first_word: float | None = None
 
+    async def speak(self, begin: Begin, apology: str) -> None:
+        """Writes the answer that begin() returns, or the apology if that fails."""
+        # If the connection is gone, the apology cannot be written either.
+        with contextlib.suppress(ConnectionResetError):
+            await self.response.prepare(self.request)
+            cut_off = False
+            try:
+                await self._say_all(begin)
+                outcome = "spoken again" if self.again else "spoken"
+            except Exception as error:
+                cut_off = self.stopped
+                outcome = "cut off by the stop"
+                if not cut_off:
+                    outcome = f"failed: {self._why(error)}"
+                    await self._apologize(apology, error)
+            await self.say({"type": "response.end"})
+            self.outcome = outcome
+            self.finished = not cut_off
+
+    async def _say_all(self, begin: Begin) -> None:
+        """Writes the pieces of the answer the moment they come."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(PATIENCE) as self.patience:
+            async with contextlib.aclosing(await begin(self)) as pieces:
+                async for piece in pieces:
+                    await self.say(piece)
+                    if not self.stopped:
+                        self.patience.reschedule(loop.time() + PATIENCE)
+        if not (self.spoken.strip() or self.hangs_up or self.again):
+            raise ModelError("no words")
+
+    async def _apologize(self, apology: str, error: Exception) -> None:
+        """Says the apology, after what was said before the error."""
+        log_stack(error)
+        separator = " " if self.spoken else ""
+        await self.say(separator + apology)
+        self.log_level = logging.WARNING
+
     async def say(self, piece: str | Event) -> None:
         """Writes one piece as a frame. What is written counts as spoken.
 
@@ -902,12 +942,6 @@ class Reply:
         # between.
         await asyncio.sleep(0)
 
-    def be_patient(self) -> None:
-        """Allows PATIENCE seconds for the next piece."""
-        if self.patience is not None and not self.stopped:
-            now = asyncio.get_running_loop().time()
-            self.patience.reschedule(now + PATIENCE)
-
     def stop(self) -> None:
         """Ends the answer where it is, as one that was cut off."""
         self.stopped = True
@@ -916,7 +950,7 @@ class Reply:
             if self.patience is not None:
                 self.patience.reschedule(asyncio.get_running_loop().time())
 
-    def why(self, error: Exception) -> str:
+    def _why(self, error: Exception) -> str:
         """Why the answer failed, for the log."""
         if self.patience is not None and self.patience.expired():
             return f"TimeoutError: nothing came for {PATIENCE:g} s"
@@ -984,47 +1018,11 @@ class Webhook:
         """
         self.replies.add(reply)
         try:
-            await self.speak(reply)
+            await reply.speak(self.begin, self.agent.apology)
         finally:
             reply.write_log()
             await self.do_anyway(self.end(reply))
         return reply.response
-
-    async def speak(self, reply: Reply) -> None:
-        """Writes the answer, or the apology in the place of what fails or stalls."""
-        # If the connection is gone, the apology cannot be written either.
-        with contextlib.suppress(ConnectionResetError):
-            await reply.response.prepare(reply.request)
-            cut_off = False
-            try:
-                await self.say_all(reply)
-                outcome = "spoken again" if reply.again else "spoken"
-            except Exception as error:
-                cut_off = reply.stopped
-                outcome = "cut off by the stop"
-                if not cut_off:
-                    outcome = f"failed: {reply.why(error)}"
-                    await self.apologize(reply, error)
-            await reply.say({"type": "response.end"})
-            reply.outcome = outcome
-            reply.finished = not cut_off
-
-    async def apologize(self, reply: Reply, error: Exception) -> None:
-        """Says the apology, after what was said before the error."""
-        log_stack(error)
-        separator = " " if reply.spoken else ""
-        await reply.say(separator + self.agent.apology)
-        reply.log_level = logging.WARNING
-
-    async def say_all(self, reply: Reply) -> None:
-        """Writes the pieces of the answer the moment they come."""
-        async with asyncio.timeout(PATIENCE) as reply.patience:
-            async with contextlib.aclosing(await self.begin(reply)) as pieces:
-                async for piece in pieces:
-                    await reply.say(piece)
-                    reply.be_patient()
-        if not (reply.spoken.strip() or reply.hangs_up or reply.again):
-            raise ModelError("no words")
 
     async def begin(self, reply: Reply) -> Speech:
         """Records what the webhook tells, and gives the answer that is to be spoken.

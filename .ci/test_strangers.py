@@ -110,10 +110,10 @@ async def running(file: Path | str, **settings: str) -> AsyncIterator[Running]:
         await log
 
 
-def like(tmp_path: Path, *lines: str) -> Path:
-    """A file that serves the agent after these lines."""
+def like(tmp_path: Path, *lines: str, served: str = "agent.Agent") -> Path:
+    """A file that serves an agent after these lines."""
     file = tmp_path / "like.py"
-    file.write_text("\n".join(["import agent", *lines, "agent.main()"]))
+    file.write_text("\n".join(["import agent", *lines, f"agent.main({served})"]))
     return file
 
 
@@ -380,7 +380,6 @@ async def test_10_000_chunks_at_once_let_another_caller_through(
         assert await other.say("Hello?") == "Sure, no problem."
         turns = await one.histories.load(caller.conversation)
         assert not turns[event["turn_id"]].finished
-        await caller.hear(response, until="word " * 10_000)
 
 
 # ---- A full machine ------------------------------------------------------------------
@@ -424,7 +423,7 @@ async def test_malformed_http_is_a_short_line_a_second_at_most() -> None:
         began = loop.time()
         for _ in range(50):
             answer = await one.answer(b"GET / HTTP/1.1\r\nHost : agent\r\n\r\n")
-            assert answer.startswith(b"HTTP/1.1 400 ")
+            assert b" 400 Bad Request" in answer
         await until(lambda: one.log)
         lines = one.log.decode().splitlines()
         assert len(lines) <= loop.time() - began + 2
@@ -493,43 +492,39 @@ class Endless(agent.Agent):
             yield "word "
             await asyncio.sleep(0.1)
 agent.GRACE = 0.5
-agent.main(Endless)
 """
 
 
 async def test_a_stop_under_a_flood_takes_less_than_15_s(tmp_path: Path) -> None:
-    file = like(tmp_path, TALKS_FOR_EVER)
-    async with running(file, **SIGNED) as one, asyncio.TaskGroup() as strangers:
+    file = like(tmp_path, TALKS_FOR_EVER, served="Endless")
+    there = []
 
-        async def flood(request: bytes) -> None:
-            async with connected(one.port) as (reader, writer):
+    async def flood(port: int, request: bytes) -> None:
+        with suppress(OSError):
+            async with connected(port) as (_, writer):
                 while True:
                     writer.write(request)
                     await writer.drain()
+                    there.append(request)
                     await asyncio.sleep(0.01)
 
-        async def come(request: bytes) -> None:
-            with suppress(OSError):
-                await flood(request)
-
-        requests = [GET * 100, ENDLESS_BODY, signed_message(), b"X: y\r\n", b""]
-        tasks = [
-            strangers.create_task(come(request))
-            for request in requests
-            for _ in range(20)
-        ]
-        await until(lambda: one.processor() > 1)
+    gzip = post("/agent", bomb(), "Content-Encoding: gzip")
+    requests = [GET * 100, ENDLESS_BODY, signed_message(), b"X: y\r\n", gzip]
+    async with running(file, **SIGNED) as one, asyncio.TaskGroup() as tasks:
+        for request in requests * 20:
+            tasks.create_task(flood(one.port, request))
+        await until(lambda: len(there) > 200)
         one.process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(15):
             await one.process.wait()
-        for task in tasks:
-            task.cancel()
 
 
 async def test_a_reply_that_is_longer_than_the_stops_patience_is_ended(
     tmp_path: Path,
 ) -> None:
-    async with running(like(tmp_path, TALKS_FOR_EVER), **SIGNED) as one:
+    async with running(
+        like(tmp_path, TALKS_FOR_EVER, served="Endless"), **SIGNED
+    ) as one:
         async with connected(one.port) as (reader, writer):
             writer.write(signed_message())
             async with asyncio.timeout(10):
@@ -546,7 +541,6 @@ CHECKS_VISITORS = """
 class Checking(agent.Agent):
     async def admit(self, request):
         return {}
-agent.main(Checking)
 """
 
 
@@ -564,6 +558,6 @@ async def test_the_start_says_nothing_of_it_without_a_key_for_calls() -> None:
 async def test_the_start_says_nothing_of_it_where_visitors_are_checked(
     tmp_path: Path,
 ) -> None:
-    file = like(tmp_path, CHECKS_VISITORS)
+    file = like(tmp_path, CHECKS_VISITORS, served="Checking")
     async with running(file, LAYERCODE_API_KEY="api key") as one:
         assert OPEN_TO_ALL not in one.greeting
