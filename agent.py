@@ -1699,6 +1699,18 @@ class Terminal:
         line = io.FileIO(sys.stdin.fileno(), closefd=False).readline()
         return line.decode(errors="replace").rstrip("\r\n") if line else None
 
+    def forget_keys(self) -> None:
+        """Drops what was typed before the chat, which would interrupt the greeting."""
+        if sys.platform == "win32":
+            import msvcrt
+
+            while msvcrt.kbhit():
+                msvcrt.getwch()
+            return
+        import termios
+
+        termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
+
     def key_waits(self) -> bool:
         """Whether a key was typed that nobody has read."""
         if not self.is_terminal:
@@ -1768,6 +1780,7 @@ class Chat:
     async def talk(self) -> None:
         """Takes turns with the agent, whose greeting comes first. Raises CallError."""
         if self.terminal.is_terminal:
+            self.terminal.forget_keys()
             self.terminal.show(
                 "Type while the agent speaks to interrupt it. "
                 "Hang up with Ctrl-D or Ctrl-C.\n\n"

@@ -176,6 +176,8 @@ class Cloud:
         self.caller: Layercode | None = None
         self.page = ""
         self.authorized: list[tuple[str, Event]] = []
+        # The first visitors to be refused, and why.
+        self.refusals: list[str] = []
         self.keys: list[str] = []
 
     def show(self, caller: Layercode) -> None:
@@ -187,6 +189,8 @@ class Cloud:
     async def authorize(self, request: web.Request) -> web.Response:
         asked = await request.json()
         self.authorized.append((request.headers["Authorization"], asked))
+        if self.refusals:
+            return web.json_response({"error": self.refusals.pop()}, status=402)
         config = {
             "transcription": {"trigger": "automatic", "can_interrupt": True},
             "vad": {"enabled": False},
@@ -445,6 +449,17 @@ async def test_a_page_whose_origin_is_not_allowed_asks_about_that(
 async def test_the_agents_reason_for_a_refusal_is_shown(visit: Visit) -> None:
     browser = await visit(Agent, replace(SETTINGS, layercode_api_key=""))
     assert "LAYERCODE_API_KEY is not set" in await failure(browser)
+
+
+async def test_a_visitor_who_tries_again_with_success_sees_no_error(
+    visit: Visit, cloud: Cloud
+) -> None:
+    cloud.refusals = ["insufficient balance"]
+    browser = await visit()
+    assert "insufficient balance" in await failure(browser)
+    await browser.click("Try again")
+    await browser.until("document.querySelector('.agent')")
+    assert await browser.run("return document.querySelector('#error').innerText;") == ""
 
 
 async def test_a_microphone_that_is_blocked_is_named(visit: Visit) -> None:

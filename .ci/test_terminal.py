@@ -149,6 +149,14 @@ async def test_the_first_line_says_how_to_interrupt_and_how_to_hang_up(
     assert person.text() == f"{FIRST_LINE}\n\n{Agent.greeting}\n> "
 
 
+async def test_what_was_typed_before_the_chat_does_not_interrupt_the_greeting(
+    sit: Sit,
+) -> None:
+    person = await sit()
+    person.type("Hello?\r")
+    await person.see(f"{Agent.greeting}\x1b[0m\r\n> ")
+
+
 async def test_an_offline_conversation_reads_as_a_conversation(sit: Sit) -> None:
     person = await sit()
     await person.see("\n> ")
