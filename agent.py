@@ -1924,14 +1924,15 @@ def read_arguments() -> argparse.Namespace:
 def main(agent: type[Agent] = Agent) -> None:
     """Serves the agent, or chats with it, as the command line says.
 
-    Settings that cannot be right, and an address that cannot be had, end it
-    with one line and status 1.
+    A wrong setting, a webhook that cannot be called, and an address that is
+    already in use end it with one line and status 1.
     """
     arguments = read_arguments()
+    program = Path(sys.argv[0]).name
     try:
         one = agent()
     except SettingsError as error:
-        sys.exit(f"agent.py: {error}")
+        sys.exit(f"{program}: {error}")
     log.setLevel(one.settings.log_level)
     try:
         if arguments.command == "chat":
@@ -1944,8 +1945,13 @@ def main(agent: type[Agent] = Agent) -> None:
             serve(one)
     except KeyboardInterrupt:
         sys.exit(0)
-    except (CallError, OSError) as error:
-        sys.exit(f"agent.py: {error}")
+    except CallError as error:
+        sys.exit(f"{program}: {error}")
+    except OSError as error:
+        address = f"{one.settings.host}:{one.settings.port}"
+        if error.errno == errno.EADDRINUSE:
+            sys.exit(f"{program}: {address} is in use. Is the agent running already?")
+        sys.exit(f"{program}: {error}")
 
 
 if __name__ == "__main__":

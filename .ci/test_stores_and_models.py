@@ -695,7 +695,7 @@ async def test_a_redis_url_that_is_wrong_ends_the_start_with_one_line(
     )
     _, error = await process.communicate()
     assert process.returncode == 1
-    assert error == b"agent.py: REDIS_URL is not like redis://localhost:6379\n"
+    assert error == b"redis_agent.py: REDIS_URL is not like redis://localhost:6379\n"
 
 
 @dataclasses.dataclass

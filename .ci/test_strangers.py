@@ -25,6 +25,7 @@ from test_agent import (
     WITH_GEMINI,
     Gemini,
     Layercode,
+    Stall,
     Start,
     chunk,
     run,
@@ -366,20 +367,43 @@ async def test_a_warm_up_without_an_answer_is_given_up_and_the_only_one(
         await until(lambda: gemini.looked_up == 2)
 
 
-async def test_10_000_chunks_at_once_let_another_caller_through(
+WORD = chunk("word ")
+THOUGHT = chunk([{"text": "Hm. ", "thought": True}])
+
+
+async def finished(one: Agent, conversation: str) -> list[bool]:
+    """Which turns of a conversation are finished."""
+    turns = await one.histories.load(conversation)
+    return [turn.finished for turn in turns.values()]
+
+
+@pytest.mark.parametrize(
+    "burst", [WORD * 3000, THOUGHT * 3000 + WORD], ids=["words", "thoughts"]
+)
+async def test_thousands_of_chunks_at_once_let_another_caller_through(
+    start: Start, gemini: Gemini, burst: bytes
+) -> None:
+    one = Agent(WITH_GEMINI)
+    caller = await start(one)
+    gemini.scripts = [[burst + chunk("", "STOP")]]
+    async with caller.post(caller.event("message", text="All at once!")):
+        other = Layercode(caller.http, caller.url)
+        assert await other.say("Hello?") == "Sure, no problem."
+        assert await finished(one, caller.conversation) == [False]
+
+
+async def test_chunks_that_nobody_hears_any_more_let_another_caller_through(
     start: Start, gemini: Gemini
 ) -> None:
     one = Agent(WITH_GEMINI)
     caller = await start(one)
-    burst = b"".join([chunk("word ") * 10_000, chunk("", "STOP")])
-    gemini.scripts = [[burst]]
-    event = caller.event("message", text="All at once!")
-    async with caller.post(event) as response:
-        await caller.hear(response, until="word ")
-        other = Layercode(caller.http, caller.url)
-        assert await other.say("Hello?") == "Sure, no problem."
-        turns = await one.histories.load(caller.conversation)
-        assert not turns[event["turn_id"]].finished
+    gemini.scripts = [[WORD * 3000, Stall()]]
+    await caller.barge_in("All at once!", after="word ")
+    other = Layercode(caller.http, caller.url)
+    assert await other.say("Hello?") == "Sure, no problem."
+    # The rest of them is being let go of.
+    assert gemini.open == 1
+    await gemini.until(streams=0)
 
 
 # ---- A full machine ------------------------------------------------------------------

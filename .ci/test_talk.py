@@ -165,10 +165,11 @@ window.SpeechRecognition = window.webkitSpeechRecognition = class {
 NO_RECOGNITION = """
 window.SpeechRecognition = window.webkitSpeechRecognition = undefined;
 """
-# What the button says at first is noted before the page can give the voice up.
+# Notes what the button says as soon as the page's script has run, and never tells it
+# that there are voices.
 NO_VOICE = """
 speechSynthesis.getVoices = () => [];
-document.addEventListener("DOMContentLoaded", () => {
+speechSynthesis.addEventListener = () => queueMicrotask(() => {
   window.labelAtFirst = document.getElementById("call").textContent;
 });
 """
