@@ -816,9 +816,10 @@ class Agent:
         app.add_routes(
             [
                 web.get("/", say_up),
-                web.options("/{path:.*}", say_up),
                 web.post("/agent", webhook.receive),
                 web.post("/api/agent", webhook.receive),
+                web.options("/authorize", say_up),
+                web.options("/api/authorize", say_up),
                 web.post("/authorize", pages.authorize),
                 web.post("/api/authorize", pages.authorize),
             ]
@@ -1102,12 +1103,14 @@ class Webhook:
     async def end(self, reply: Reply) -> None:
         """Records what was spoken, and lets the next reply begin."""
         conversation = reply.conversation
+        # If not, it was spoken again, or cut off before it had begun.
+        has_the_floor = self.speaking.get(conversation) is reply
         try:
-            # Otherwise it was spoken again, or cut off before it had begun.
-            if self.speaking.get(conversation) is reply:
+            if has_the_floor:
                 await self.record_answer(reply)
-                del self.speaking[conversation]
         finally:
+            if has_the_floor:
+                del self.speaking[conversation]
             self.replies.discard(reply)
             reply.over.set()
 
