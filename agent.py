@@ -991,7 +991,12 @@ class Webhook:
             raise web.HTTPInternalServerError(
                 reason="LAYERCODE_WEBHOOK_SECRET is not set"
             )
-        if not verify(request.headers.get("layercode-signature", ""), body, secret):
+        signature = request.headers.get("layercode-signature", "")
+        if not signature:
+            raise web.HTTPUnauthorized(
+                reason="the header layercode-signature is missing"
+            )
+        if not verify(signature, body, secret):
             raise web.HTTPUnauthorized(
                 reason="wrong signature: is LAYERCODE_WEBHOOK_SECRET this agent's, "
                 "and the clock right?"
@@ -1163,8 +1168,10 @@ class Pages:
             response = await handler(request)
         except web.HTTPException as error:
             path, reason = request.path, error.reason
-            who = f"{request.method} {path[:60]!r} from {origin[:60]!r}"
-            log.warning("%s: %d %s", who, error.status, reason)
+            asked = f"{request.method} {path[:60]!r}"
+            if origin:
+                asked += f" from a page of {origin[:60]!r}"
+            log.warning("%s: %d %s", asked, error.status, reason)
             response = error_response(error.status, reason)
         except Exception as error:
             if request.transport is None:

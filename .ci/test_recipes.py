@@ -144,6 +144,29 @@ async def test_a_caller_is_greeted_by_name(
     assert await caller.send(event) == greeting
 
 
+async def test_what_a_page_sends_is_answered(start: Start, tmp_path: Path) -> None:
+    pizza = load("pizza_for_pages.py", tmp_path).Pizza
+    caller = await start(pizza(Settings(layercode_webhook_secret=SECRET)))
+    async with caller.post(caller.event("data", data={"table": 5})) as response:
+        answer = await response.json()
+    assert answer == {"type": "response.data", "content": {"seated at": 5}}
+    async with caller.post(caller.event("session.end")) as response:
+        assert await response.json() == {}
+
+
+async def test_a_webhook_can_be_posted_by_hand(start: Start, tmp_path: Path) -> None:
+    pizza = load("pizza_by_name.py", tmp_path).Pizza
+    caller = await start(pizza(Settings(layercode_webhook_secret=SECRET)))
+    posting = await asyncio.create_subprocess_exec(
+        sys.executable,
+        save("post.py", tmp_path),
+        env={**os.environ, "AGENT": caller.url, "LAYERCODE_WEBHOOK_SECRET": SECRET},
+        stdout=PIPE,
+    )
+    answer, _ = await posting.communicate()
+    assert b"Hi Ada! What can I get you?" in answer
+
+
 async def test_gemini_writes_the_greeting(
     start: Start, gemini: Gemini, tmp_path: Path
 ) -> None:
