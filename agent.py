@@ -1955,7 +1955,7 @@ def main(agent: type[Agent] = Agent) -> None:
             serve(one)
     except KeyboardInterrupt:
         sys.exit(0)
-    except CallError as error:
+    except (CallError, SettingsError) as error:
         sys.exit(f"{program}: {error}")
     except OSError as error:
         address = f"{one.settings.host}:{one.settings.port}"
