@@ -25,9 +25,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import fnmatch
+import gc
 import hashlib
 import hmac
 import importlib
@@ -584,6 +586,9 @@ class Gemini:
                     yield chunk
                     if finished:
                         return
+                    # However many chunks come at once, other callers are served
+                    # in between.
+                    await asyncio.sleep(0)
             finally:
                 await let_go(chunks, STREAM_END_PATIENCE if finished else 0)
         except APIError as error:
@@ -650,10 +655,13 @@ async def let_go(chunks: AsyncIterator[GenerateContentResponse], wait: float) ->
     its connection until the garbage collector comes: googleapis/python-genai,
     issue 2425.
     """
-    with contextlib.suppress(Exception):
-        async with asyncio.timeout(wait):
-            async for _ in chunks:
-                pass
+    over = time.monotonic() + wait
+    with contextlib.suppress(Exception, StopAsyncIteration):
+        while True:
+            async with asyncio.timeout(max(0, over - time.monotonic())):
+                await anext(chunks)
+            # What has come is only parsed: that, too, makes other callers wait.
+            await asyncio.sleep(0)
 
 
 def speaks(chunk: GenerateContentResponse) -> bool:
@@ -1186,6 +1194,7 @@ class Pages:
                 "Authorization, Content-Type"
             )
             response.headers["Vary"] = "Origin"
+        await send(request, response)
         return response
 
     def _is_allowed(self, origin: str) -> bool:
@@ -1263,6 +1272,21 @@ class Pages:
 async def say_up(request: web.Request) -> web.Response:
     """Answers health checks, and preflights: Pages.guard() adds their headers."""
     return web.Response(text="The agent is up.\n")
+
+
+async def send(request: web.Request, response: web.StreamResponse) -> None:
+    """Sends a response to its end. Drops a client that does not read it.
+
+    aiohttp itself would wait for ever.
+    """
+    try:
+        async with asyncio.timeout(WRITE_PATIENCE):
+            await response.prepare(request)
+            await response.write_eof()
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("the client has stopped reading") from None
 
 
 def error_response(status: int, reason: str) -> web.Response:
@@ -1883,6 +1907,17 @@ def allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def give_memory_back() -> None:
+    """Has the memory of what strangers send go back to the system afterwards.
+
+    glibc would keep as much as was once used at a time.
+    """
+    m_mmap_threshold = -3
+    # It is not there in other C libraries.
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16)
+
+
 def serve(agent: Agent) -> None:
     """Serves the agent until the process is told to stop."""
     settings = agent.settings
@@ -1894,7 +1929,10 @@ def serve(agent: Agent) -> None:
         )
     lines.append("Next: npx @layercode/cli tunnel")
 
-    def print_lines(_: str) -> None:
+    def when_up(_: str) -> None:
+        # google-genai's 100,000 objects are here to stay. Whenever the garbage
+        # collector looked at them, every caller would wait for 60 ms.
+        gc.freeze()
         print(*lines, sep="\n", flush=True)
 
     allow_many_files()
@@ -1904,7 +1942,7 @@ def serve(agent: Agent) -> None:
         agent.make_app(),
         host=settings.host,
         port=settings.port,
-        print=print_lines,
+        print=when_up,
         **RUNNER_OPTIONS,
     )
 

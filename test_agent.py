@@ -674,7 +674,6 @@ BODY = b'{"type": "data", "session_id": "session_1"}'
 @pytest.mark.parametrize(
     "signature",
     [
-        "",
         "nonsense",
         "t=1,v1=00",
         "t=,v1=",
@@ -694,6 +693,11 @@ async def test_a_webhook_without_a_right_signature_is_refused(
 ) -> None:
     status, error = await offline.refused(body=BODY, signature=signature, path=path)
     assert (status, "LAYERCODE_WEBHOOK_SECRET" in error) == (401, True)
+
+
+async def test_a_webhook_without_a_signature_is_told_so(offline: Layercode) -> None:
+    status, error = await offline.refused(body=BODY, signature="")
+    assert (status, error) == (401, "the header layercode-signature is missing")
 
 
 async def test_a_signature_holds_for_five_minutes_either_way() -> None:
@@ -1819,7 +1823,7 @@ async def test_the_log_has_a_line_a_turn(
     assert re.fullmatch(f"{turn} spoken {figures}", lines[0])
     assert re.search(f" failed: ClientError 403 SOME_STATUS {figures}$", lines[1])
     assert re.search(f" interrupted {figures}$", lines[2])
-    assert lines[3].startswith("POST '/agent' from '': 401 wrong signature")
+    assert lines[3].startswith("POST '/agent': 401 wrong signature")
     assert len(lines) == 4
 
 

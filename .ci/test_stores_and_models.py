@@ -450,7 +450,7 @@ async def test_a_redis_that_takes_nothing_is_logged_once_and_gets_all_of_it_late
 async def test_a_redis_that_fails_is_tried_once_and_then_left_alone_for_a_while(
     pair: Pair, redis: Redis, redis_agent: ModuleType
 ) -> None:
-    redis_agent.PAUSE = 1000
+    redis_agent.PAUSE = 10
     await redis.stop()
     tries = []
 
@@ -492,7 +492,7 @@ async def test_each_outage_is_logged_again_after_a_quiet_time(
 async def test_what_a_stop_finds_unwritten_is_written_if_redis_is_back(
     pair: Pair, gemini: Gemini, redis: Redis, redis_agent: ModuleType
 ) -> None:
-    redis_agent.PAUSE = 1000
+    redis_agent.PAUSE = 10
     await redis.stop()
     await pair.a.say("I am Ada.")
     await redis.start()
