@@ -1908,12 +1908,12 @@ def allow_many_files() -> None:
 
 
 def give_memory_back() -> None:
-    """Has the memory of what strangers send go back to the system afterwards.
+    """Returns the memory of large bodies to the system when they are gone.
 
-    glibc would keep as much as was once used at a time.
+    Left alone, glibc keeps as much as was once in use.
     """
+    # From glibc's malloc.h. Other C libraries have no mallopt().
     m_mmap_threshold = -3
-    # It is not there in other C libraries.
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16)
 
@@ -1936,6 +1936,7 @@ def serve(agent: Agent) -> None:
         print(*lines, sep="\n", flush=True)
 
     allow_many_files()
+    give_memory_back()
     for name in ("aiohttp.server", "asyncio"):
         logging.getLogger(name).addFilter(Brief())
     web.run_app(
