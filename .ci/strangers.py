@@ -426,6 +426,8 @@ class Stage:
         ours, theirs = Pipe()
         process = Process(target=play, args=(part, theirs, *arguments), daemon=True)
         process.start()
+        # So that recv() tells if the process ends early.
+        theirs.close()
         self.processes.append(process)
         return process, ours
 
