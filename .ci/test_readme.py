@@ -157,7 +157,7 @@ async def test_the_limits_are_those_that_readme_names() -> None:
     assert f"its last {agent.MAX_TURNS} turns" in README
     assert f"no word in {agent.ASK_AGAIN_AFTER} seconds" in README
     assert f"Gemini said nothing for {agent.PATIENCE:g} seconds" in README
-    assert f"silent for {agent.PATIENCE:g} seconds" in README
+    assert f"nothing comes for {agent.PATIENCE:g} seconds" in README
     ends = "the agent itself ends a body after {:g} seconds and a head after {:g}."
     keeps_alive = agent.RUNNER_OPTIONS["keepalive_timeout"]
     assert ends.format(agent.BODY_PATIENCE, keeps_alive) in README
