@@ -103,6 +103,8 @@ STREAM_END_PATIENCE = 0.1
 # Seconds that replies may go on for when the server is stopped. The rest of
 # the stop takes 4 at most: together less than the 10 that `docker stop` waits.
 GRACE = 5.0
+# Chunks that Gemini may send at once before other callers are served.
+BURST = 10
 # Seconds that a signature may be off, as in Layercode's Node SDK 1.2.1.
 TOLERANCE = 300
 # Bytes of a request's body, and of an answer of Layercode's REST API.
@@ -576,6 +578,7 @@ class Gemini:
         request = self._request(said, instruction, config)
         model = self.settings.gemini_model
         finished = False
+        count = 0
         try:
             chunks = await self.models.generate_content_stream(
                 model=model, contents={}, config=request
@@ -586,9 +589,9 @@ class Gemini:
                     yield chunk
                     if finished:
                         return
-                    # However many chunks come at once, other callers are served
-                    # in between.
-                    await asyncio.sleep(0)
+                    count += 1
+                    if count % BURST == 0:
+                        await asyncio.sleep(0)
             finally:
                 await let_go(chunks, STREAM_END_PATIENCE if finished else 0)
         except APIError as error:
