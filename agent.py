@@ -1289,7 +1289,9 @@ async def send(request: web.Request, response: web.StreamResponse) -> None:
     except TimeoutError:
         if request.transport is not None:
             request.transport.abort()
-        raise ConnectionResetError("the client has stopped reading") from None
+    except ConnectionError:
+        # The client has gone, so nobody misses the rest.
+        pass
 
 
 def error_response(status: int, reason: str) -> web.Response:

@@ -31,8 +31,9 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from multiprocessing import Pipe, Process
+from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +330,8 @@ async def connection_to(port: int, narrow: bool) -> AsyncIterator[socket.socket]
 # ---- The processes -------------------------------------------------------------------
 
 Part = Callable[..., Coroutine[Any, Any, None]]
+# Processes that share nothing with this one.
+SPAWN = get_context("spawn")
 
 
 def play(part: Part, connection: Connection, *arguments: object) -> None:
@@ -411,20 +414,28 @@ class Agent:
         return time.perf_counter() - began
 
 
+def receive(connection: Connection) -> Any:
+    """What a part tells. Raises EOFError or TimeoutError if it does not."""
+    if not connection.poll(120):
+        raise TimeoutError("a part is stuck")
+    return connection.recv()
+
+
 class Stage:
     """Everybody who takes part in a measurement, each in a process of their own."""
 
     def __init__(self, path: Path, work: Path) -> None:
         self.path = path
         self.work = work
-        self.processes: list[Process] = []
+        self.processes: list[BaseProcess] = []
         self.agents: list[Agent] = []
-        self.ports = self.start(serve_upstreams)[1].recv()
+        self.ports: list[int] = receive(self.start(serve_upstreams)[1])
 
-    def start(self, part: Part, *arguments: object) -> tuple[Process, Connection]:
+    def start(self, part: Part, *arguments: object) -> tuple[BaseProcess, Connection]:
         """Starts a part."""
         ours, theirs = Pipe()
-        process = Process(target=play, args=(part, theirs, *arguments), daemon=True)
+        everything = (part, theirs, *arguments)
+        process = SPAWN.Process(target=play, args=everything, daemon=True)
         process.start()
         # So that recv() tells if the process ends early.
         theirs.close()
@@ -443,7 +454,7 @@ class Stage:
         """Has callers talk; the connection receives what they Heard."""
         return self.start(talk, agent.port, count, seconds, text)[1]
 
-    def strangers(self, agent: Agent, strangers: dict[Stranger, int]) -> Process:
+    def strangers(self, agent: Agent, strangers: dict[Stranger, int]) -> BaseProcess:
         """Has strangers come."""
         return self.start(be_strangers, agent.port, strangers)[0]
 
@@ -470,15 +481,15 @@ def free_port() -> int:
 def measure_callers(stage: Stage) -> None:
     """First words, memory and files, before, with and after all strangers; a stop."""
     agent = stage.agent()
-    stage.callers(agent, 20, 3).recv()
-    agent.show("20 callers", stage.callers(agent, 20, 30).recv())
+    receive(stage.callers(agent, 20, 3))
+    agent.show("20 callers", receive(stage.callers(agent, 20, 30)))
     callers = stage.callers(agent, 20, 30)
     strangers = stage.strangers(agent, ALL)
-    agent.show("the same with the strangers", callers.recv())
+    agent.show("the same with the strangers", receive(callers))
     end(strangers)
     time.sleep(60)
     agent.show("a minute after they have gone")
-    agent.show("20 callers", stage.callers(agent, 20, 10).recv())
+    agent.show("20 callers", receive(stage.callers(agent, 20, 10)))
     stage.strangers(agent, ALL)
     stage.callers(agent, 20, 20)
     time.sleep(8)
@@ -488,7 +499,7 @@ def measure_callers(stage: Stage) -> None:
 def measure_bodies(stage: Stage) -> None:
     """Memory before, with and after 1,000 bodies of 1 MB that never end."""
     agent = stage.agent()
-    stage.callers(agent, 20, 3).recv()
+    receive(stage.callers(agent, 20, 3))
     agent.show("before")
     strangers = stage.strangers(agent, {never_end: 1000})
     most = 0
@@ -517,10 +528,10 @@ def measure_files(stage: Stage) -> None:
     callers = stage.callers(agent, 600, 0, SLOWLY)
     time.sleep(4)
     agent.show("600 callers, soft limit of 1,024")
-    agent.show("the same, at the end", callers.recv())
+    agent.show("the same, at the end", receive(callers))
     print(f"log: {agent.log_size()} KiB")
     agent = stage.agent((usual, usual))
-    stage.callers(agent, 20, 3).recv()
+    receive(stage.callers(agent, 20, 3))
     strangers = stage.strangers(agent, {be_idle: 2000})
     time.sleep(5)
     used = agent.processor()
@@ -530,10 +541,10 @@ def measure_files(stage: Stage) -> None:
     print(f"log: {agent.log_size()} KiB; {used:.1f} s of processor in 10 s")
     end(strangers)
     time.sleep(3)
-    agent.show("3 s after they have gone", stage.callers(agent, 20, 3).recv())
+    agent.show("3 s after they have gone", receive(stage.callers(agent, 20, 3)))
 
 
-def end(process: Process) -> None:
+def end(process: BaseProcess) -> None:
     """Ends a process; the system closes its connections."""
     process.kill()
     process.join()

@@ -403,6 +403,18 @@ async def test_nobody_waits_for_a_redis_that_is_stuck_but_the_first(
     assert users(gemini) == ["One", "Two", "Three", "Four"]
 
 
+async def test_however_many_callers_come_at_once_a_stuck_redis_holds_up_none_for_long(
+    pair: Pair, redis: Redis, redis_agent: ModuleType
+) -> None:
+    redis_agent.BATCH = 1
+    redis_agent.PATIENCE = 0.3
+    redis_agent.PAUSE = 10
+    callers = [Layercode(pair.a.http, pair.a.url) for _ in range(5)]
+    redis.freeze()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*[caller.say("One") for caller in callers])
+
+
 async def test_a_caller_who_hangs_up_while_redis_is_slow_leaves_their_words(
     pair: Pair, gemini: Gemini, redis: Redis
 ) -> None:

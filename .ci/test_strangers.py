@@ -470,6 +470,7 @@ async def test_who_asks_and_does_not_read_the_answers_is_dropped(
                 async with asyncio.timeout(10):
                     await loop.sock_sendall(sock, GET * 100_000)
             await until(lambda: len(list(files.iterdir())) == before)
+            assert not one.lines("Traceback")
 
 
 class Endless(Agent):

@@ -563,7 +563,7 @@ async def complaint(
         out, err = await output(process)
     assert process.returncode == 1, (out, err)
     [line] = err.decode().splitlines()
-    return line.removeprefix("agent.py: "), out.decode()
+    return line.partition(".py: ")[2], out.decode()
 
 
 @asynccontextmanager
