@@ -4,16 +4,17 @@
 
 The callers and Gemini are this process. The floor, the agent, and the agent of
 README.md that does without google-genai have a process each, so that they are what is
-waited for. What is promised stands behind the name of its row: the ratio to the first
-column, or in the last two rows our own figure.
+waited for. Both agents are served by main(), as a user serves them. What is promised
+stands behind the name of its row: the ratio to the first column, or in the last two
+rows our own figure.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import json
-import logging
 import os
 import random
 import re
@@ -88,7 +89,7 @@ class QuickGemini(asyncio.Protocol):
 # ---- What is measured ----------------------------------------------------------------
 
 
-def floor() -> web.Application:
+async def floor() -> web.Application:
     """The least that speaks: no signature, no history, no error handling."""
     from google.genai import Client
     from google.genai.types import (
@@ -124,30 +125,22 @@ def floor() -> web.Application:
 
     app = web.Application()
     app.router.add_post("/agent", answer)
+    add_measures(app)
     return app
 
 
-def ours() -> web.Application:
-    """The agent as it comes."""
-    return Agent().make_app()
+class Measured(Agent):
+    """The agent as it comes, but for two pages on what it takes."""
+
+    def make_app(self) -> web.Application:
+        """Adds the pages."""
+        app = super().make_app()
+        add_measures(app)
+        return app
 
 
-def without_sdk() -> web.Application:
-    """The agent of README.md that asks Gemini by aiohttp alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = recipes.load("without_sdk.py", Path(folder))
-    lean: Agent = recipe.LeanAgent()
-    return lean.make_app()
-
-
-SERVERS = {"floor": floor, "ours": ours, "no SDK": without_sdk}
-
-
-def serve(name: str) -> None:
-    """Serves one of them as main() does, at a port that it prints.
-
-    /seconds tells the processor time that was used, /bytes the memory in use.
-    """
+def add_measures(app: web.Application) -> None:
+    """/seconds tells the processor time that was used, /bytes the memory in use."""
 
     async def seconds(request: web.Request) -> web.Response:
         return web.json_response(time.process_time())
@@ -157,28 +150,53 @@ def serve(name: str) -> None:
         tracemalloc.start()
         return web.json_response(tracemalloc.get_traced_memory()[0])
 
-    async def make_app() -> web.Application:
-        app = SERVERS[name]()
-        app.router.add_get("/seconds", seconds)
-        app.router.add_get("/bytes", bytes_in_use)
-        return app
-
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    agent.log.setLevel("INFO")
-    listener = socket.create_server(("127.0.0.1", 0))
-    print(listener.getsockname()[1], flush=True)
-    web.run_app(make_app(), sock=listener, print=None, **agent.RUNNER_OPTIONS)
+    app.router.add_get("/seconds", seconds)
+    app.router.add_get("/bytes", bytes_in_use)
 
 
-def start(stack: ExitStack, *command: str) -> str:
-    """Runs Python until the stack is closed; gives the first line that it prints."""
+def serve_floor() -> None:
+    """Serves the floor at PORT."""
+    port = int(os.environ["PORT"])
+    show_up = functools.partial(print, flush=True)
+    web.run_app(
+        floor(), host="127.0.0.1", port=port, print=show_up, **agent.RUNNER_OPTIONS
+    )
+
+
+def serve_ours() -> None:
+    """Serves the agent as it comes, by its main()."""
+    agent.main(Measured)
+
+
+def serve_without_sdk() -> None:
+    """Serves the agent of README.md that asks Gemini by aiohttp alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipes.load("without_sdk.py", Path(folder))
+    lean: type[Agent] = recipe.LeanAgent
+    agent.main(type("MeasuredLean", (Measured, lean), {}))
+
+
+SERVERS = {"floor": serve_floor, "ours": serve_ours, "no SDK": serve_without_sdk}
+
+
+def start(stack: ExitStack, *command: str) -> None:
+    """Runs Python, from the first line that it prints until the stack is closed."""
     process = subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     stack.enter_context(process)
     stack.callback(process.kill)
     assert process.stdout is not None
-    return process.stdout.readline().decode()
+    process.stdout.readline()
+
+
+def start_server(stack: ExitStack, name: str) -> int:
+    """Runs one of the SERVERS until the stack is closed; returns its port."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    os.environ["PORT"] = str(port)
+    start(stack, __file__, name)
+    return port
 
 
 async def ask(port: int, path: str) -> float:
@@ -272,7 +290,7 @@ def measure_start(key: str) -> None:
     libraries = "aiohttp.web, google.genai" if key else "aiohttp.web"
     os.environ["GOOGLE_GENERATIVE_AI_API_KEY"] = key
     times: list[list[float]] = [[], []]
-    for _ in range(3):
+    for _ in range(5):
         commands = (["-c", f"import {libraries}; print()"], [agent.__file__])
         for command, column in zip(commands, times, strict=True):
             begun = time.perf_counter()
@@ -361,7 +379,7 @@ async def benchmark() -> None:
     for key in ("", "key"):
         measure_start(key)
     with ExitStack() as stack:
-        ports = [int(start(stack, __file__, name)) for name in SERVERS]
+        ports = [start_server(stack, name) for name in SERVERS]
         for port in ports:
             # To warm up.
             await crowd(port, 50, turns=2)
@@ -373,6 +391,6 @@ async def benchmark() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        serve(sys.argv[1])
+        SERVERS[sys.argv.pop()]()
     else:
         asyncio.run(benchmark())
