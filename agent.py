@@ -112,6 +112,8 @@ MAX_BODY = 2**20
 # Bytes of what a page sends to be authorized: anybody may send it, and every
 # caller waits while it is parsed.
 MAX_PAGE = 2**16
+# Seconds that memory is kept which is not in use.
+MEMORY_KEPT = 30.0
 # Turns of a conversation that are kept and sent to the model.
 MAX_TURNS = 50
 # Conversations that are kept in memory.
@@ -1286,6 +1288,9 @@ async def send(request: web.Request, response: web.StreamResponse) -> None:
         async with asyncio.timeout(WRITE_PATIENCE):
             await response.prepare(request)
             await response.write_eof()
+        if response.status == 408:
+            # The rest of the body has had its time. aiohttp would wait on.
+            request.protocol.force_close()
     except TimeoutError:
         if request.transport is not None:
             request.transport.abort()
@@ -1912,15 +1917,23 @@ def allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def give_memory_back() -> None:
-    """Returns the memory of large bodies to the system when they are gone.
+async def give_memory_back(app: web.Application) -> AsyncIterator[None]:
+    """Returns the memory of what is gone, such as large bodies, to the system.
 
-    Left alone, glibc keeps as much as was once in use.
+    Left alone, glibc keeps about as much as was once in use.
     """
-    # From glibc's malloc.h. Other C libraries have no mallopt().
-    m_mmap_threshold = -3
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16)
+
+    async def now_and_then() -> None:
+        # Only glibc has malloc_trim().
+        with contextlib.suppress(AttributeError, OSError, TypeError):
+            trim = ctypes.CDLL(None).malloc_trim
+            while True:
+                await asyncio.sleep(MEMORY_KEPT)
+                trim(0)
+
+    task = asyncio.create_task(now_and_then())
+    yield
+    task.cancel()
 
 
 def serve(agent: Agent) -> None:
@@ -1941,11 +1954,12 @@ def serve(agent: Agent) -> None:
         print(*lines, sep="\n", flush=True)
 
     allow_many_files()
-    give_memory_back()
+    app = agent.make_app()
+    app.cleanup_ctx.append(give_memory_back)
     for name in ("aiohttp.server", "asyncio"):
         logging.getLogger(name).addFilter(Brief())
     web.run_app(
-        agent.make_app(),
+        app,
         host=settings.host,
         port=settings.port,
         print=when_up,

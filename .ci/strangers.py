@@ -67,7 +67,8 @@ MODEL = b'{"name": "models/gemini"}'
 MODEL_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 MODEL_HEAD += b"Content-Length: %d\r\n\r\n" % len(MODEL)
 QUICK_ANSWER = STREAM + chunk("Sure, ") + chunk("no problem.", "STOP") + b"0\r\n\r\n"
-LONG_PIECE = chunk("word " * 12_000)
+# Long when it is written, as JSON, but short in a history.
+LONG_PIECE = chunk("é" * 10_000)
 
 
 async def be_gemini(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

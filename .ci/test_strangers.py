@@ -190,7 +190,7 @@ async def test_a_body_that_never_ends_gets_a_408_and_its_connection_is_closed(
     file = like(
         tmp_path,
         "agent.BODY_PATIENCE = 0.2",
-        "agent.RUNNER_OPTIONS['lingering_time'] = 0.2",
+        "agent.RUNNER_OPTIONS['lingering_time'] = 1000",
     )
     async with running(file, **SIGNED) as one:
         answer = await one.answer(ENDLESS_BODY.replace(b"/agent", path))
@@ -207,7 +207,7 @@ async def test_a_body_that_nobody_reads_may_not_go_on_either(tmp_path: Path) -> 
 async def test_the_memory_of_bodies_that_never_end_is_given_back(
     tmp_path: Path,
 ) -> None:
-    file = like(tmp_path, "agent.BODY_PATIENCE = 2")
+    file = like(tmp_path, "agent.BODY_PATIENCE = 2", "agent.MEMORY_KEPT = 0.1")
     body = post("/agent", bytes(MIB))[:-1000]
     async with running(file, **SIGNED) as one:
         before = one.memory()
