@@ -5,7 +5,7 @@
     browser ── POST /authorize ──► agent.py ── with the API key ──► Layercode REST API
 
     python agent.py             serve Layercode's webhooks and authorize browsers
-    python agent.py chat        talk to this agent in the terminal, with or without keys
+    python agent.py chat        talk to this agent in the terminal; no API key needed
     python agent.py chat URL    talk to the agent behind a webhook's URL
 
 An agent of your own is a file beside this one:
@@ -50,6 +50,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Coroutine,
     Iterator,
     Sequence,
@@ -94,25 +95,29 @@ RECORD_PATIENCE = 2.0
 BODY_PATIENCE = 5.0
 # Seconds that Layercode's REST API may take to authorize a browser.
 AUTHORIZE_PATIENCE = 10.0
+# Seconds that `chat` waits for a connection, and for each next part of an
+# answer.
+CALL_PATIENCE = 15.0
 # Seconds that Gemini may take to accept a connection ahead of the first
 # question.
 WARM_UP_PATIENCE = 10.0
 # Seconds that Gemini may take to end its stream after the last word, which
 # leaves the connection free for the next question.
 STREAM_END_PATIENCE = 0.1
-# Seconds that replies may go on for when the server is stopped. The rest of
-# the stop takes 4 at most: together less than the 10 that `docker stop` waits.
+# Seconds that replies may go on for when the server is stopped. To end them
+# takes 1 more, and aiohttp's shutdown_timeout 2: together less than the 10
+# that `docker stop` waits.
 GRACE = 5.0
 # Chunks that Gemini may send at once before other callers are served.
 BURST = 10
-# Seconds that a signature may be off, as in Layercode's Node SDK 1.2.1.
+# Seconds that a signature's timestamp may be off, as in Layercode's Node SDK 1.2.1.
 TOLERANCE = 300
 # Bytes of a request's body, and of an answer of Layercode's REST API.
 MAX_BODY = 2**20
 # Bytes of what a page sends to be authorized: anybody may send it, and every
 # caller waits while it is parsed.
 MAX_PAGE = 2**16
-# Seconds that memory is kept which is not in use.
+# Seconds between two returns of unused memory to the system.
 MEMORY_KEPT = 30.0
 # Turns of a conversation that are kept and sent to the model.
 MAX_TURNS = 50
@@ -164,9 +169,9 @@ class SettingsError(ValueError):
 class Settings:
     """The variables of .env.example, each as a field of the same name.
 
-    An agent with settings of its own adds fields in a subclass; whether one is
-    a text or a number is told by its default. Raises SettingsError for a wrong
-    value.
+    An agent with settings of its own adds fields in a subclass, and gives what
+    its load() returns to Agent.__init__(). The type of a field's default tells
+    whether it is a text or a number. Raises SettingsError for a wrong value.
     """
 
     layercode_webhook_secret: str = dataclasses.field(default="", repr=False)
@@ -229,7 +234,7 @@ class Settings:
 
     def origins(self) -> list[str]:
         """The allowed origins, one by one. A * stands for any text."""
-        return self.allowed_origins.replace(",", " ").split()
+        return self.allowed_origins.lower().replace(",", " ").split()
 
     def missing(self) -> list[str]:
         """A sentence for each unset setting that matters to callers."""
@@ -262,13 +267,14 @@ def read_dotenv(file: Path) -> dict[str, str]:
     """The variables of a .env file, read as a shell reads it; none without a file.
 
     So a value with a space, a quote or a # needs quotes around it. Raises
-    SettingsError for a quote that is not closed.
+    SettingsError for a file that cannot be read, such as one in which a quote is
+    not closed.
     """
     if not file.is_file():
         return {}
     try:
         words = shlex.split(file.read_text("utf-8-sig"), comments=True)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise SettingsError(f"{file} cannot be read: {error}") from None
     variables = {}
     for word in words:
@@ -295,16 +301,16 @@ class Turn:
     # False while it is spoken, if it was cut off, and if its process died.
     finished: bool = False
     # What the caller heard of an answer they interrupted. Layercode reports it
-    # with a later webhook, and whatever else is known, it is what counts.
+    # with a later webhook, and it overrides everything else.
     heard: str | None = None
     # What reply() did beside speaking, as contents for the model. A reply()
     # that uses tools records it: README.md has the recipe.
     done: Sequence[Event] = ()
-    # What the log line says of the turn beside its figures.
+    # What is added to the turn's log line.
     remark: str = dataclasses.field(default="", compare=False)
 
     def answer(self) -> str:
-        """The answer as the caller heard it, for the model."""
+        """The answer for the model: what the caller heard, as far as is known."""
         if self.finished and self.heard is None:
             return self.spoken
         words = self.spoken if self.heard is None else self.heard
@@ -318,16 +324,18 @@ class Histories:
 
     A store of your own overrides both methods. load() must show what was
     recorded before, in the order in which each turn was first recorded. Both
-    may be called for several conversations, and for one by several tasks, at a
-    time. If they raise, or take longer than PATIENCE, the caller hears the
-    apology.
+    may be called concurrently, for one conversation, too. If load() or the
+    record of the caller's words raises, or takes longer than PATIENCE, the
+    caller hears the apology. If the record of an answer does, or takes longer
+    than RECORD_PATIENCE, only the log tells.
     """
 
     def __init__(self) -> None:
+        # Those that are being answered, which must not be forgotten. The
+        # server says which they are.
+        self.being_answered: Collection[str] = ()
         # The least recently used conversation comes first.
         self._conversations: dict[str, dict[str, Turn]] = {}
-        # Those of which a new turn is being answered are not forgotten.
-        self._being_answered: set[str] = set()
 
     async def load(self, conversation: str) -> dict[str, Turn]:
         """The conversation's turns by turn_id, oldest first; none if it is new."""
@@ -338,24 +346,21 @@ class Histories:
 
         `user` is recorded before the model is asked, `spoken` and `finished`
         when the answer is over or cut off, and `heard` when it is reported,
-        which may be before the others. No fact is recorded by two, so no order
-        of arrival undoes one.
+        which may be before the others. Each sets fields of its own, so their
+        order does not matter.
         """
         turns = self._conversations.pop(conversation, {})
         self._conversations[conversation] = turns
-        if "user" in facts and turn_id not in turns:
-            self._being_answered.add(conversation)
-        if "finished" in facts:
-            self._being_answered.discard(conversation)
         turns[turn_id] = dataclasses.replace(turns.get(turn_id, Turn()), **facts)
         if len(turns) > MAX_TURNS:
-            del turns[next(iter(turns))]
+            oldest = next(iter(turns))
+            del turns[oldest]
         if len(self._conversations) > MAX_CONVERSATIONS:
             self._forget_one()
 
     def _forget_one(self) -> None:
         for conversation in self._conversations:
-            if conversation not in self._being_answered:
+            if conversation not in self.being_answered:
                 del self._conversations[conversation]
                 return
 
@@ -363,19 +368,21 @@ class Histories:
 def contents(history: list[Turn]) -> list[Event]:
     """What Gemini is sent of a history, whose last turn is the one to answer.
 
-    The caller and the model take turns, the caller comes first and last, and
-    nothing is in it that the caller did not hear.
+    The caller and the model take turns, and the caller comes first and last.
+    Of an answer that was interrupted, it has what the caller heard, once that
+    is reported.
     """
     said: list[Event] = []
     unanswered: list[Event] = []
     for turn in history[:-1]:
         unanswered.append({"text": turn.user or SILENCE})
         answer = turn.answer()
-        if answer:
+        if answer or turn.done:
             said.append({"role": "user", "parts": unanswered})
             said.extend(turn.done)
-            said.append({"role": "model", "parts": [{"text": answer}]})
             unanswered = []
+        if answer:
+            said.append({"role": "model", "parts": [{"text": answer}]})
     last = history[-1]
     unanswered.append({"text": last.user or SILENCE})
     said.append({"role": "user", "parts": unanswered})
@@ -389,8 +396,7 @@ def contents(history: list[Turn]) -> list[Event]:
 def sign(body: bytes, secret: str, timestamp: str = "") -> str:
     """The layercode-signature header for a body: "t=<Unix seconds>,v1=<hex>".
 
-    The hex is the HMAC-SHA256 of "<t>.<body>". Without a timestamp, it is
-    signed now.
+    The hex is the HMAC-SHA256 of "<t>.<body>". The timestamp defaults to now.
     """
     timestamp = timestamp or str(int(time.time()))
     signed = timestamp.encode() + b"." + body
@@ -413,6 +419,7 @@ def verify(header: str, body: bytes, secret: str) -> bool:
             timestamp = value
         if name == "v1":
             signatures.append(value)
+    # A longer one could not be compared with the clock, which is a float.
     is_number = timestamp.isascii() and timestamp.isdecimal() and len(timestamp) < 20
     if not is_number or abs(time.time() - int(timestamp)) > TOLERANCE:
         return False
@@ -582,6 +589,7 @@ class Gemini:
         finished = False
         count = 0
         try:
+            # The contents are in the config: see _request().
             chunks = await self.models.generate_content_stream(
                 model=model, contents={}, config=request
             )
@@ -619,14 +627,12 @@ class Gemini:
             request["thinking_config"] = {"thinking_level": ThinkingLevel(thinking)}
         elif thinking:
             request["thinking_config"] = {"thinking_budget": int(thinking)}
-        options: HttpOptionsDict = {"extra_body": body}
-        given = config.get("http_options")
-        if given:
-            options = {**given, **options}
-        return {**request, **config, "http_options": options}
+        options: HttpOptionsDict = config.get("http_options") or {}
+        body.update(options.get("extra_body") or {})
+        return {**request, **config, "http_options": {**options, "extra_body": body}}
 
     def _explain(self, error: APIError) -> ModelError:
-        """An error in Gemini's own words for it, but without its message."""
+        """What the log may say of Gemini's error: its code and status, no message."""
         told = f"{type(error).__name__} {error.code} {error.status}"
         if "API_KEY_INVALID" in str(error.details):
             told += " API_KEY_INVALID"
@@ -661,7 +667,7 @@ async def let_go(chunks: AsyncIterator[GenerateContentResponse], wait: float) ->
     issue 2425.
     """
     over = time.monotonic() + wait
-    with contextlib.suppress(Exception, StopAsyncIteration):
+    with contextlib.suppress(Exception):
         while True:
             async with asyncio.timeout(max(0, over - time.monotonic())):
                 await anext(chunks)
@@ -685,7 +691,7 @@ async def stand_in(history: list[Turn]) -> AsyncGenerator[str, None]:
     recalled = "' and before that '".join(reversed(said[-3:]))
     words = (
         f"I'm the offline stand-in. You said '{recalled}'. "
-        "Set GOOGLE_GENERATIVE_AI_API_KEY for Gemini"
+        "Set GOOGLE_GENERATIVE_AI_API_KEY for Gemini."
     )
     for word in words.split():
         yield word + " "
@@ -879,7 +885,7 @@ class Reply:
         self.finished = False
         # Whether it ends the call.
         self.hangs_up = False
-        # Whether the same words were spoken before, for the same webhook.
+        # Whether it only repeats what is recorded, which may be nothing.
         self.again = False
         self.outcome = "interrupted"
         self.log_level = logging.INFO
@@ -898,8 +904,9 @@ class Reply:
                 outcome = "spoken again" if self.again else "spoken"
             except Exception as error:
                 cut_off = self.stopped
-                outcome = "cut off by the stop"
-                if not cut_off:
+                if cut_off:
+                    outcome = "cut off by the stop"
+                else:
                     outcome = f"failed: {self._why(error)}"
                     await self._apologize(apology, error)
             await self.say({"type": "response.end"})
@@ -909,7 +916,9 @@ class Reply:
     async def _say_all(self, begin: Begin) -> None:
         """Writes the pieces of the answer the moment they come."""
         loop = asyncio.get_running_loop()
+        # An attribute, because stop() ends the answer by ending the timeout.
         async with asyncio.timeout(PATIENCE) as self.patience:
+            # In it, because begin() may have to wait for a store.
             async with contextlib.aclosing(await begin(self)) as pieces:
                 async for piece in pieces:
                     await self.say(piece)
@@ -989,10 +998,11 @@ class Webhook:
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
-        # Those that are not over.
+        # The replies that are not over.
         self.replies: set[Reply] = set()
-        # In each conversation, the one that is being spoken.
+        # By conversation, the reply that is being spoken.
         self.speaking: dict[str, Reply] = {}
+        agent.histories.being_answered = self.speaking
         # Tasks that asyncio itself would let go of before they are done.
         self.working: set[asyncio.Task[None]] = set()
 
@@ -1015,6 +1025,7 @@ class Webhook:
                 "and the clock right?"
             )
         event = parse(body)
+        # Every webhook must name its conversation, even one for notice().
         conversation_of(event)
         if asks_for_speech(event):
             return await self.answer(Reply(request, event))
@@ -1056,11 +1067,13 @@ class Webhook:
         # Before the model is asked, and even if the caller hangs up: no word
         # gets lost.
         await self.do_anyway(self.record_words(reply))
-        turns = await self.take_the_floor(reply)
+        turns = await self.wait_for_the_floor(reply)
         if conversation in self.speaking or is_past(turns, reply.turn_id):
             reply.again = True
             return say_once(turns[reply.turn_id].spoken)
         self.speaking[conversation] = reply
+        # What an earlier delivery of this webhook did, it did.
+        reply.turn.done = turns[reply.turn_id].done
         history = [
             turn
             for turn_id, turn in turns.items()
@@ -1079,14 +1092,18 @@ class Webhook:
             return say_once(self.agent.apology)
         return self.agent.reply(reply.event, history)
 
-    async def take_the_floor(self, reply: Reply) -> dict[str, Turn]:
-        """Cuts off who is speaking, unless they began later; returns the turns.
+    async def wait_for_the_floor(self, reply: Reply) -> dict[str, Turn]:
+        """Waits until no earlier reply speaks, and cuts it off; returns the turns.
 
-        They are loaded when the earlier reply is recorded.
+        They are those at the end of the wait. There is nothing to wait for if
+        a later reply speaks, or if this turn is past.
         """
         while True:
-            turns = await self.agent.histories.load(reply.conversation)
             other = self.speaking.get(reply.conversation)
+            turns = await self.agent.histories.load(reply.conversation)
+            if self.speaking.get(reply.conversation) is not other:
+                # Since they were loaded, a reply has begun or ended.
+                continue
             if other is None or other.started > reply.started:
                 return turns
             if is_past(turns, reply.turn_id):
@@ -1095,6 +1112,7 @@ class Webhook:
 
     async def hush(self, reply: Reply) -> None:
         """Cuts a reply off and waits until it is recorded."""
+        # A finished one only has to be recorded yet.
         if reply.task is not None and not reply.finished:
             reply.task.cancel()
         await reply.over.wait()
@@ -1104,7 +1122,12 @@ class Webhook:
         task = asyncio.create_task(work)
         self.working.add(task)
         task.add_done_callback(self.working.discard)
-        await asyncio.shield(task)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # Left alone, asyncio would log an error with its message.
+            task.add_done_callback(log_failure)
+            raise
 
     async def record_words(self, reply: Reply) -> None:
         """Records what the webhook tells: the caller's words, and what they heard."""
@@ -1155,7 +1178,7 @@ class Webhook:
         await self.wait_for_replies(1)
 
     async def wait_for_replies(self, seconds: float) -> None:
-        """Waits until all replies are over, but no longer than that."""
+        """Waits until all replies are over, for so many seconds at most."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 for reply in list(self.replies):
@@ -1188,7 +1211,7 @@ class Pages:
             response = error_response(error.status, reason)
         except Exception as error:
             if request.transport is None:
-                # Nobody is there to be told.
+                # Nobody is there to be told, and aiohttp ignores it.
                 raise
             log.error("%s %.60r failed: %s", request.method, request.path, cause(error))
             log_stack(error)
@@ -1221,7 +1244,8 @@ class Pages:
         if not key:
             raise web.HTTPInternalServerError(reason="LAYERCODE_API_KEY is not set")
         agent_id = text_of(page, "agent_id", "pipeline_id")
-        if settings.layercode_agent_id not in ("", agent_id):
+        only = settings.layercode_agent_id
+        if only and agent_id != only:
             raise web.HTTPForbidden(reason="agent_id is not LAYERCODE_AGENT_ID")
         # One by one, because Layercode would take more of them: with a config,
         # a visitor could have the session call a webhook and a model of their
@@ -1289,7 +1313,7 @@ async def send(request: web.Request, response: web.StreamResponse) -> None:
             await response.prepare(request)
             await response.write_eof()
         if response.status == 408:
-            # The rest of the body has had its time. aiohttp would wait on.
+            # The rest of the body has had its time. aiohttp would read on.
             request.protocol.force_close()
     except TimeoutError:
         if request.transport is not None:
@@ -1457,6 +1481,14 @@ def cause(error: BaseException) -> str:
     return f"{type(error).__name__} at {place}"
 
 
+def log_failure(task: asyncio.Task[None]) -> None:
+    """Logs why a task failed that nobody waits for any more, if it did."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        log.error("a record failed after a hang-up: %s", cause(error))
+        log_stack(error)
+
+
 def log_stack(error: BaseException) -> None:
     """Writes where an error came from, without its message, if LOG_LEVEL is DEBUG."""
     stack = "".join(traceback.format_tb(error.__traceback__))
@@ -1501,11 +1533,8 @@ class CallError(Exception):
     """Why a webhook could not be called: a sentence for whoever set it up."""
 
 
-class Caller:
-    """Plays Layercode's part in one conversation with the agent at a webhook's URL."""
-
-    # Seconds to wait for a connection, and for each next part of an answer.
-    PATIENCE = 15.0
+class Call:
+    """A call to the agent at a webhook's URL, as Layercode makes it."""
 
     def __init__(self, http: aiohttp.ClientSession, url: str, secret: str) -> None:
         self.http = http
@@ -1537,7 +1566,7 @@ class Caller:
             "assistant_turn_id": self.turn_id,
         }
 
-    async def call(self, event: Event) -> AsyncGenerator[Event, None]:
+    async def send(self, event: Event) -> AsyncGenerator[Event, None]:
         """Sends a webhook, really signed, and yields the frames of the answer.
 
         Closing it before the end drops the connection, as Layercode does when
@@ -1551,7 +1580,7 @@ class Caller:
             "layercode-signature": sign(body, self.secret),
         }
         timeout = aiohttp.ClientTimeout(
-            total=None, connect=self.PATIENCE, sock_read=self.PATIENCE
+            total=None, connect=CALL_PATIENCE, sock_read=CALL_PATIENCE
         )
         try:
             async with self.http.post(
@@ -1634,7 +1663,7 @@ def explain_call(url: str, error: Exception) -> str:
     host = urlsplit(url).netloc
     if isinstance(error, TimeoutError):
         return (
-            f"{host} has sent nothing for {Caller.PATIENCE:g} seconds. "
+            f"{host} has sent nothing for {CALL_PATIENCE:g} seconds. "
             "Is the agent behind it running?"
         )
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
@@ -1651,8 +1680,7 @@ def explain_call(url: str, error: Exception) -> str:
     return f"{host} broke the answer off ({type(error).__name__}). See the agent's log."
 
 
-# Control characters, of which a terminal could take orders. Line breaks are
-# kept.
+# Control characters, which a terminal would obey, but for the line break.
 CONTROLS = dict.fromkeys([*range(10), *range(11, 32), *range(127, 160)])
 
 
@@ -1666,7 +1694,7 @@ class Terminal:
     def __init__(self) -> None:
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.has_colours = has_colours()
-        # Whether the cursor stands behind something.
+        # Whether the cursor is not at the start of a line.
         self.line_begun = False
         if self.is_terminal:
             with contextlib.suppress(ImportError):
@@ -1784,11 +1812,11 @@ class Terminal:
 
         keyboard = sys.stdin.fileno()
         before = termios.tcgetattr(keyboard)
-        during = termios.tcgetattr(keyboard)
-        local_modes = 3
         if keys_at_once:
+            during = termios.tcgetattr(keyboard)
+            local_modes = 3
             during[local_modes] &= ~(termios.ECHO | termios.ICANON)
-        termios.tcsetattr(keyboard, termios.TCSANOW, during)
+            termios.tcsetattr(keyboard, termios.TCSANOW, during)
         try:
             yield
         finally:
@@ -1808,8 +1836,8 @@ def has_colours() -> bool:
 class Chat:
     """A conversation between a person at a terminal and an agent at a URL."""
 
-    def __init__(self, caller: Caller, terminal: Terminal) -> None:
-        self.caller = caller
+    def __init__(self, call: Call, terminal: Terminal) -> None:
+        self.call = call
         self.terminal = terminal
         self.hung_up = False
 
@@ -1829,7 +1857,7 @@ class Chat:
                 "Type while the agent speaks to interrupt it. "
                 "Hang up with Ctrl-D or Ctrl-C.\n\n"
             )
-        event = self.caller.event("session.start")
+        event = self.call.event("session.start")
         while True:
             interrupted = await self.listen(event)
             if self.hung_up:
@@ -1840,8 +1868,8 @@ class Chat:
                 return
             report = {}
             if interrupted:
-                report["interruption_context"] = self.caller.interruption()
-            event = self.caller.event("message", text=message, **report)
+                report["interruption_context"] = self.call.interruption()
+            event = self.call.event("message", text=message, **report)
 
     async def listen(self, event: Event) -> bool:
         """Prints the answer to a webhook; returns whether a key interrupted it."""
@@ -1861,7 +1889,7 @@ class Chat:
         return interrupted
 
     async def _print_answer(self, event: Event) -> None:
-        async with contextlib.aclosing(self.caller.call(event)) as frames:
+        async with contextlib.aclosing(self.call.send(event)) as frames:
             async for frame in frames:
                 self.terminal.show_frame(frame)
                 if frame.get("type") == "response.hangup":
@@ -1882,7 +1910,7 @@ async def chat(agent: Agent, url: str) -> None:
                 raise CallError(
                     "LAYERCODE_WEBHOOK_SECRET is not set: the webhook would refuse us."
                 )
-            await Chat(Caller(http, url, secret), terminal).run()
+            await Chat(Call(http, url, secret), terminal).run()
             return
         secret = secrets.token_hex(16)
         agent.settings = dataclasses.replace(
@@ -1894,7 +1922,7 @@ async def chat(agent: Agent, url: str) -> None:
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             port = runner.addresses[0][1]
             own_url = f"http://127.0.0.1:{port}/agent"
-            await Chat(Caller(http, own_url, secret), terminal).run()
+            await Chat(Call(http, own_url, secret), terminal).run()
         finally:
             await runner.cleanup()
 
@@ -1905,7 +1933,7 @@ async def chat(agent: Agent, url: str) -> None:
 def allow_many_files() -> None:
     """Lets the process have as many connections as the system allows.
 
-    Most systems start a process with 1,024 files.
+    Most systems allow it 1,024 files at first, and more if it asks.
     """
     if sys.platform == "win32":
         return
@@ -1924,12 +1952,14 @@ async def give_memory_back(app: web.Application) -> AsyncIterator[None]:
     """
 
     async def now_and_then() -> None:
-        # Only glibc has malloc_trim().
-        with contextlib.suppress(AttributeError, OSError, TypeError):
+        try:
             trim = ctypes.CDLL(None).malloc_trim
-            while True:
-                await asyncio.sleep(MEMORY_KEPT)
-                trim(0)
+        except (AttributeError, OSError, TypeError):
+            # Only glibc has it.
+            return
+        while True:
+            await asyncio.sleep(MEMORY_KEPT)
+            trim(0)
 
     task = asyncio.create_task(now_and_then())
     yield
@@ -1948,6 +1978,8 @@ def serve(agent: Agent) -> None:
     lines.append("Next: npx @layercode/cli tunnel")
 
     def when_up(_: str) -> None:
+        # aiohttp calls this once it listens.
+        #
         # google-genai's 100,000 objects are here to stay. Whenever the garbage
         # collector looked at them, every caller would wait for 60 ms.
         gc.freeze()
@@ -1977,7 +2009,7 @@ def read_arguments() -> argparse.Namespace:
         nargs="?",
         choices=["chat"],
         metavar="chat",
-        help="talk to the agent in the terminal, with or without keys",
+        help="talk to the agent in the terminal; no API key needed",
     )
     parser.add_argument(
         "url",

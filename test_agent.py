@@ -611,7 +611,10 @@ async def test_what_ask_is_given_comes_before_the_defaults(gemini: Gemini) -> No
         "system_instruction": "Be brief.",
         "temperature": 0.5,
         "thinking_config": {"thinking_budget": 7},
-        "http_options": {"headers": {"x-shop": "Leeds"}},
+        "http_options": {
+            "headers": {"x-shop": "Leeds"},
+            "extra_body": {"labels": {"shop": "Leeds"}},
+        },
     }
     async with one.connected(), aclosing(one.ask([Turn("hi")], config)) as chunks:
         assert [chunk.text async for chunk in chunks][0] == "Sure, "
@@ -620,20 +623,26 @@ async def test_what_ask_is_given_comes_before_the_defaults(gemini: Gemini) -> No
     assert asked["generationConfig"]["temperature"] == 0.5
     assert asked["generationConfig"]["thinkingConfig"] == {"thinking_budget": 7}
     assert gemini.headers[-1]["x-shop"] == "Leeds"
+    assert asked["labels"] == {"shop": "Leeds"}
     assert gemini.heard() == [("user", "hi")]
+
+
+ORDERED: list[Event] = [
+    {"role": "model", "parts": [{"functionCall": {"name": "order"}}]},
+    {"role": "user", "parts": [{"functionResponse": {"name": "order"}}]},
+]
 
 
 async def test_what_a_reply_did_beside_speaking_is_shown_to_the_model(
     start: Start, gemini: Gemini
 ) -> None:
-    call = {"role": "model", "parts": [{"functionCall": {"name": "order"}}]}
-    result = {"role": "user", "parts": [{"functionResponse": {"name": "order"}}]}
+    call, result = ORDERED
     one = Agent(WITH_GEMINI)
     caller = await start(one)
-    order = {"user": "A salami!", "done": [call, result]}
+    order = {"user": "A salami!", "done": ORDERED}
     await one.histories.record(caller.conversation, "an earlier turn", **order)
     await caller.say("Hello?")
-    async with aclosing(one.ask([Turn("A ham!", done=[call, result])])) as chunks:
+    async with aclosing(one.ask([Turn("A ham!", done=ORDERED)])) as chunks:
         await anext(chunks)
     assert gemini.asked[0]["contents"] == [
         {"role": "user", "parts": [{"text": "A salami!"}]},
@@ -642,7 +651,16 @@ async def test_what_a_reply_did_beside_speaking_is_shown_to_the_model(
         {"role": "model", "parts": [{"text": "[interrupted]"}]},
         {"role": "user", "parts": [{"text": "Hello?"}]},
     ]
-    assert gemini.asked[1]["contents"][1:] == [call, result]
+    assert gemini.asked[1]["contents"][1:] == ORDERED
+
+
+async def test_what_a_reply_did_is_shown_even_if_it_said_nothing() -> None:
+    turns = [Turn("Bye!", finished=True, done=ORDERED), Turn("Hello?")]
+    assert agent.contents(turns) == [
+        {"role": "user", "parts": [{"text": "Bye!"}]},
+        *ORDERED,
+        {"role": "user", "parts": [{"text": "Hello?"}]},
+    ]
 
 
 async def test_gemini_cannot_be_asked_without_a_key() -> None:
@@ -1095,6 +1113,77 @@ async def test_no_word_is_lost_if_a_caller_hangs_up_while_the_store_is_slow(
     assert (turn.user, turn.finished) == ("Hello?", False)
 
 
+async def test_the_next_message_is_told_an_answer_that_ends_while_it_loads(
+    start: Start, gemini: Gemini
+) -> None:
+    class Store(Histories):
+        async def load(self, conversation: str) -> dict[str, Turn]:
+            turns = await super().load(conversation)
+            if len(turns) == 2:
+                more.set()
+                await until(lambda: conversation not in self.being_answered)
+            return turns
+
+    more = asyncio.Event()
+    gemini.scripts = [["Once upon ", more, "a time."]]
+    caller = await start(Agent(WITH_GEMINI, Store()))
+    async with caller.post(caller.event("message", text="A story!")) as response:
+        await caller.hear(response, "Once upon ")
+        await caller.say("Go on.")
+    assert gemini.heard() == [
+        ("user", "A story!"),
+        ("model", "Once upon a time."),
+        ("user", "Go on."),
+    ]
+
+
+async def test_the_last_message_is_answered_if_an_earlier_one_begins_while_it_loads(
+    start: Start, gemini: Gemini
+) -> None:
+    class Store(Histories):
+        async def load(self, conversation: str) -> dict[str, Turn]:
+            turns = await super().load(conversation)
+            if len(may_load) < 2:
+                may_load.append(asyncio.Event())
+                await may_load[-1].wait()
+            return turns
+
+    may_load: list[asyncio.Event] = []
+    gemini.scripts = [["Well, ", Stall()]]
+    caller = await start(Agent(WITH_GEMINI, Store()))
+    calls = []
+    for number, text in enumerate(["Hello.", "Goodbye."]):
+        calls.append(asyncio.create_task(caller.say(text)))
+        await until(lambda number=number: len(may_load) > number)
+    may_load[0].set()
+    await gemini.until(streams=1)
+    may_load[1].set()
+    assert await calls[1] == "Sure, no problem."
+    with pytest.raises(aiohttp.ClientError):
+        await calls[0]
+
+
+async def test_what_fails_after_a_hang_up_is_told_by_its_place(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Store(SlowStore):
+        async def record(self, conversation: str, turn_id: str, **facts: Any) -> None:
+            await super().record(conversation, turn_id, **facts)
+            raise OSError("secret words")
+
+    store = Store("user")
+    caller = await start(Agent(OFFLINE, store))
+    call = asyncio.create_task(caller.say("Hello?"))
+    await store.begun.wait()
+    call.cancel()
+    await until(lambda: logged(caplog))
+    store.may_end.set()
+    await until(lambda: len(logged(caplog)) == 2)
+    assert "failed after a hang-up: OSError at test_agent.py:" in logged(caplog)[1]
+    gc.collect()
+    assert "secret" not in caplog.text
+
+
 async def test_a_caller_who_stops_reading_has_hung_up(
     start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1355,6 +1444,23 @@ async def test_a_conversation_goes_though_its_webhooks_came_twice(
     assert await offline.send(offline.event("welcome")) == Agent.greeting
 
 
+async def test_a_conversation_goes_though_its_caller_hung_up_before_the_answer(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(agent, "MAX_CONVERSATIONS", 3)
+    store = SlowStore("user")
+    caller = await start(Agent(OFFLINE, store))
+    call = asyncio.create_task(caller.say("Hello?"))
+    await store.begun.wait()
+    call.cancel()
+    await until(lambda: logged(caplog))
+    store.may_end.set()
+    for _ in range(5):
+        other = Layercode(caller.http, caller.url)
+        await other.send(other.event("welcome"))
+    assert not await store.load(caller.conversation)
+
+
 # ---- Delivered twice -----------------------------------------------------------------
 
 
@@ -1398,6 +1504,20 @@ async def test_a_turn_that_was_cut_off_gets_a_new_reply(
     await gemini.until(streams=0)
     assert await caller.send(event) == "Sure, no problem."
     assert gemini.heard() == [("user", "hello")]
+
+
+async def test_what_the_first_delivery_of_a_turn_did_is_not_forgotten(
+    start: Start, gemini: Gemini
+) -> None:
+    one = Agent(WITH_GEMINI)
+    caller = await start(one)
+    gemini.scripts = [["Well, ", Stall()]]
+    event = await caller.barge_in("A salami!", after="Well, ")
+    await gemini.until(streams=0)
+    turn_id = event["turn_id"]
+    await one.histories.record(caller.conversation, turn_id, done=ORDERED)
+    await caller.send(event)
+    assert gemini.asked[-1]["contents"][1:] == ORDERED
 
 
 async def test_a_turn_that_others_came_after_is_spoken_again_as_it_was(
@@ -2111,6 +2231,12 @@ async def test_an_open_quote_in_dotenv_is_told(no_settings: Path) -> None:
         Settings.load()
 
 
+async def test_a_dotenv_that_cannot_be_read_is_told(no_settings: Path) -> None:
+    (no_settings / ".env").write_bytes(b"HOST=\xff")
+    with pytest.raises(SettingsError, match=r"\.env cannot be read"):
+        Settings.load()
+
+
 async def test_an_agent_may_have_settings_of_its_own(
     no_settings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -2254,7 +2380,7 @@ async def test_a_page_of_another_origin_gets_nothing(
 async def test_only_the_origins_of_the_settings_are_allowed(
     start: Start, api: Api
 ) -> None:
-    origins = "https://app.example.com, https://*.shop.example http://[::1]:*"
+    origins = "https://App.example.com, https://*.shop.example http://[::1]:*"
     page = Page(await start(Agent(replace(api.settings, allowed_origins=origins))))
     for origin, status in {
         "https://app.example.com": 200,

@@ -643,9 +643,9 @@ async def test_the_chat_says_what_is_wrong_with_a_webhook(
 async def test_the_chat_does_not_wait_for_ever(
     handler: Callable[[web.Request], Awaitable[web.StreamResponse]], tmp_path: Path
 ) -> None:
-    assert agent.Caller.PATIENCE == 15
+    assert agent.CALL_PATIENCE == 15
     file = tmp_path / "impatient.py"
-    file.write_text("import agent\nagent.Caller.PATIENCE = 0.5\nagent.main()\n")
+    file.write_text("import agent\nagent.CALL_PATIENCE = 0.5\nagent.main()\n")
     async with webhook(handler) as host:
         said, _ = await complaint(f"http://{host}/agent", file=str(file))
     wanted = f"{host} has sent nothing for 0.5 seconds. "
