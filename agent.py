@@ -1975,7 +1975,8 @@ def serve(agent: Agent) -> None:
             "Everyone who reaches /authorize may start calls on your Layercode "
             "account: override admit() to check who they are."
         )
-    lines.append("Next: npx @layercode/cli tunnel")
+    tunnel = f"cloudflared tunnel --url http://localhost:{settings.port}"
+    lines.append(f"Next: open a tunnel, for instance with {tunnel}")
 
     def when_up(_: str) -> None:
         # aiohttp calls this once it listens.

@@ -155,10 +155,10 @@ async def test_the_limits_are_those_that_readme_names() -> None:
     assert f"the last {agent.MAX_TURNS} turns" in README
     assert f"the last {agent.MAX_CONVERSATIONS:,} conversations" in README
     assert f"its last {agent.MAX_TURNS} turns" in README
-    assert f"no word in {agent.ASK_AGAIN_AFTER} seconds" in README
+    assert f"no word within {agent.ASK_AGAIN_AFTER} seconds" in README
     assert f"Gemini said nothing for {agent.PATIENCE:g} seconds" in README
     assert f"nothing comes for {agent.PATIENCE:g} seconds" in README
-    ends = "the agent itself ends a body after {:g} seconds and a head after {:g}."
+    ends = "body takes more than {:g} seconds, or whose head takes more than {:g}."
     keeps_alive = agent.RUNNER_OPTIONS["keepalive_timeout"]
     assert ends.format(agent.BODY_PATIENCE, keeps_alive) in README
     assert (agent.GRACE, "for up to five seconds" in README) == (5, True)
@@ -205,6 +205,7 @@ async def test_a_webhook_is_refused_as_the_table_of_endpoints_says(
     await refused(caller, data=stall())
     await refused(caller, data=bytes(agent.MAX_BODY + 1))
     await refused(caller, data=body, headers={"Content-Encoding": "gzip"})
+    await refused(caller, data=body, headers={"Origin": "https://evil.example"})
     await refused(no_secret, data=body)
     [told] = [
         text for cell, text in table("endpoint | what it does") if "/agent" in cell
@@ -411,7 +412,7 @@ async def test_systemd_takes_the_unit(tmp_path: Path) -> None:
 async def test_a_container_listens_where_its_port_is_published(tmp_path: Path) -> None:
     [run] = [
         line
-        for line in block("", "docker build").splitlines()
+        for line in block("sh", "docker build").splitlines()
         if line.startswith("docker run ")
     ]
     assert "--env-file .env " in run

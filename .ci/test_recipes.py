@@ -157,14 +157,17 @@ async def test_what_a_page_sends_is_answered(start: Start, tmp_path: Path) -> No
 async def test_a_webhook_can_be_posted_by_hand(start: Start, tmp_path: Path) -> None:
     pizza = load("pizza_by_name.py", tmp_path).Pizza
     caller = await start(pizza(Settings(layercode_webhook_secret=SECRET)))
-    posting = await asyncio.create_subprocess_exec(
-        sys.executable,
-        save("post.py", tmp_path),
-        env={**os.environ, "AGENT": caller.url, "LAYERCODE_WEBHOOK_SECRET": SECRET},
-        stdout=PIPE,
-    )
-    answer, _ = await posting.communicate()
-    assert b"Hi Ada! What can I get you?" in answer
+    post = save("post.py", tmp_path)
+    for name in (b"Ada", b"Bob"):
+        post.write_bytes(post.read_bytes().replace(b"Ada", name))
+        posting = await asyncio.create_subprocess_exec(
+            sys.executable,
+            post,
+            env={**os.environ, "AGENT": caller.url, "LAYERCODE_WEBHOOK_SECRET": SECRET},
+            stdout=PIPE,
+        )
+        answer, _ = await posting.communicate()
+        assert b"Hi " + name + b"! What can I get you?" in answer
 
 
 async def test_gemini_writes_the_greeting(
@@ -1029,7 +1032,8 @@ async def test_without_a_login_secret_nobody_is_let_in_and_the_log_says_so(
 
 STAND_IN = """
 const agentId = "a", sent = [];
-globalThis.fetch = async (...call) => (sent.push(call), { text: async () => "TOKEN" });
+const answer = { ok: true, text: async () => "TOKEN" };
+globalThis.fetch = async (...call) => (sent.push(call), answer);
 class LayercodeClient {
   constructor(options) {
     options.authorizeSessionRequest({ url: "URL", body: { agent_id: "a" } });

@@ -719,6 +719,36 @@ async def test_a_redis_url_that_is_wrong_ends_the_start_with_one_line(
     assert error == b"redis_agent.py: REDIS_URL is not like redis://localhost:6379\n"
 
 
+async def test_two_recipes_make_one_agent(
+    redis: Redis,
+    redis_agent: ModuleType,
+    start: Start,
+    gemini: Gemini,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    for name, value in {
+        "REDIS_URL": redis.url,
+        "LOGIN_SECRET": "a login secret",
+        "LAYERCODE_WEBHOOK_SECRET": SECRET,
+        "LAYERCODE_API_KEY": "API-KEY",
+        "GOOGLE_GENERATIVE_AI_API_KEY": "key",
+    }.items():
+        monkeypatch.setenv(name, value)
+    recipes.load("login_agent.py", tmp_path)
+    pizza = recipes.load("pizza_for_users.py", tmp_path).Pizza
+    one, two = [await start(pizza()) for _ in range(2)]
+    two.conversation = one.conversation
+    ada = {"custom_metadata": {"name": "Ada"}}
+    greeting = "Hi Ada! How can I help you today?"
+    assert await one.send(one.event("session.start", **ada)) == greeting
+    await two.say("Hello.")
+    assert gemini.heard()[-2:] == [("model", greeting), ("user", "Hello.")]
+    page = {"agent_id": "a"}
+    async with one.http.post(one.url + "/authorize", json=page) as response:
+        assert (response.status, response.reason) == (403, "log in first")
+
+
 @dataclasses.dataclass
 class Said:
     """A turn of a story, with what the caller has heard of the answer."""
