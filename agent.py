@@ -74,7 +74,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("agent")
 
-# A JSON object: a webhook of Layercode's, or an event for Layercode.
+# A JSON object: a webhook, an event for Layercode, a content for Gemini.
 Event = dict[str, Any]
 # What greet() and reply() yield: a str is spoken, an Event is sent as it is.
 Speech = AsyncGenerator[str | Event, None]
@@ -105,8 +105,8 @@ WARM_UP_PATIENCE = 10.0
 # leaves the connection free for the next question.
 STREAM_END_PATIENCE = 0.1
 # Seconds that replies may go on for when the server is stopped. To end them
-# takes 1 more, and aiohttp's shutdown_timeout 2: together less than the 10
-# that `docker stop` waits.
+# takes 1 more, and aiohttp waits for its shutdown_timeout of 1 twice: together
+# less than the 10 that `docker stop` waits.
 GRACE = 5.0
 # Chunks that Gemini may send at once before other callers are served.
 BURST = 10
@@ -171,7 +171,8 @@ class Settings:
 
     An agent with settings of its own adds fields in a subclass, and gives what
     its load() returns to Agent.__init__(). The type of a field's default tells
-    whether it is a text or a number. Raises SettingsError for a wrong value.
+    whether it is a text or a number; there are no others. Raises SettingsError
+    for a wrong value.
     """
 
     layercode_webhook_secret: str = dataclasses.field(default="", repr=False)
@@ -214,7 +215,8 @@ class Settings:
     def load(cls) -> Self:
         """The settings of the environment, else of .env, else the defaults.
 
-        The .env stands beside this file. Raises SettingsError.
+        The .env stands beside this file. A variable that is set but empty has
+        its default. Raises SettingsError.
         """
         given = read_dotenv(Path(__file__).with_name(".env")) | dict(os.environ)
         values: dict[str, Any] = {}
@@ -264,11 +266,11 @@ def is_origin(text: str) -> bool:
 
 
 def read_dotenv(file: Path) -> dict[str, str]:
-    """The variables of a .env file, read as a shell reads it; none without a file.
+    """The variables of a .env file, with a shell's quotes and comments.
 
-    So a value with a space, a quote or a # needs quotes around it. Raises
-    SettingsError for a file that cannot be read, such as one in which a quote is
-    not closed.
+    There are none without the file. A value with a space, a quote or a # needs
+    quotes around it. Raises SettingsError for a file that cannot be read, such
+    as one in which a quote is not closed.
     """
     if not file.is_file():
         return {}
@@ -286,7 +288,7 @@ def read_dotenv(file: Path) -> dict[str, str]:
 
 # ---- History -------------------------------------------------------------------------
 
-# Stands for the caller's words in a greeting's turn.
+# Stands for the caller's words where there are none.
 SILENCE = "(The caller says nothing.)"
 
 
@@ -331,8 +333,8 @@ class Histories:
     """
 
     def __init__(self) -> None:
-        # Those that are being answered, which must not be forgotten. The
-        # server says which they are.
+        # Those that are being answered, which must not be forgotten. Webhook
+        # sets this.
         self.being_answered: Collection[str] = ()
         # The least recently used conversation comes first.
         self._conversations: dict[str, dict[str, Turn]] = {}
@@ -419,7 +421,7 @@ def verify(header: str, body: bytes, secret: str) -> bool:
             timestamp = value
         if name == "v1":
             signatures.append(value)
-    # A longer one could not be compared with the clock, which is a float.
+    # One of hundreds of digits could not be compared with the clock.
     is_number = timestamp.isascii() and timestamp.isdecimal() and len(timestamp) < 20
     if not is_number or abs(time.time() - int(timestamp)) > TOLERANCE:
         return False
@@ -447,18 +449,18 @@ class Ask(Generic[Piece]):
     """One request to a model, which a task of its own reads up to the first word."""
 
     def __init__(
-        self, pieces: AsyncGenerator[Piece, None], speaks: Callable[[Piece], bool]
+        self, pieces: AsyncGenerator[Piece, None], has_words: Callable[[Piece], bool]
     ) -> None:
         self.pieces = pieces
-        self.speaks = speaks
+        self.has_words = has_words
         self.opening = asyncio.create_task(self._read_opening())
 
     async def _read_opening(self) -> list[Piece]:
-        """The pieces up to the first that speaks."""
+        """The pieces up to the first that has words."""
         opening = []
         async for piece in self.pieces:
             opening.append(piece)
-            if self.speaks(piece):
+            if self.has_words(piece):
                 return opening
         raise ModelError("no words")
 
@@ -480,25 +482,25 @@ class Ask(Generic[Piece]):
 
 async def ask_twice(
     ask: Callable[[], AsyncGenerator[Piece, None]],
-    speaks: Callable[[Piece], bool],
+    has_words: Callable[[Piece], bool],
     turn: Turn,
 ) -> AsyncGenerator[Piece, None]:
     """Yields what ask() yields, and calls ask() once more if no word has come.
 
-    That is after ASK_AGAIN_AFTER seconds without a piece that speaks(), or at
+    That is after ASK_AGAIN_AFTER seconds without a piece that has_words(), or at
     once when the first request fails. The two then race, so that a model that
     is always slow is not made slower, and the loser is cancelled. After the
     first word, nothing is asked again. turn.remark tells the log why the model
     was asked twice. If neither request speaks, raises the error of the one
     that failed last.
     """
-    asks = [Ask(ask(), speaks)]
+    asks = [Ask(ask(), has_words)]
     try:
         await asyncio.wait([asks[0].opening], timeout=ASK_AGAIN_AFTER)
         why = asks[0].why_again()
         if why:
             turn.remark = f"asked twice: {why}"
-            asks.append(Ask(ask(), speaks))
+            asks.append(Ask(ask(), has_words))
         winner = await first_to_speak(asks)
         for one in asks:
             if one is not winner:
@@ -808,7 +810,7 @@ class Agent:
 
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
-        """Opens `http` and `gemini`. make_app() does it, a test may do it."""
+        """Opens `http` and `gemini`. make_app() uses it; so may a test."""
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=300)
         # Cookies for one visitor must not reach the next.
         no_cookies = aiohttp.DummyCookieJar()
@@ -868,6 +870,8 @@ class Reply:
         self.event = event
         self.conversation = conversation_of(event)
         self.turn_id = text_of(event, "turn_id")
+        # As reply() gets it. What becomes of the answer is kept below, until
+        # it is recorded.
         self.turn = Turn(user=words_of(event))
         self.response = web.StreamResponse(
             headers={
@@ -918,7 +922,7 @@ class Reply:
         loop = asyncio.get_running_loop()
         # An attribute, because stop() ends the answer by ending the timeout.
         async with asyncio.timeout(PATIENCE) as self.patience:
-            # In it, because begin() may have to wait for a store.
+            # begin() is within it, because it may have to wait for a store.
             async with contextlib.aclosing(await begin(self)) as pieces:
                 async for piece in pieces:
                     await self.say(piece)
@@ -1037,14 +1041,15 @@ class Webhook:
         The whole story of an interruption: the caller speaks, so Layercode
         drops the connection. aiohttp then cancels this handler
         (handler_cancellation), wherever it waits. CancelledError is not an
-        Exception, so it passes the apology by. On its way out it closes
-        reply() and, in it, the stream from Gemini. Here the turn is logged,
-        and recorded with the words that were written and as not finished,
-        which a second cancellation cannot prevent. The caller's next webhook
-        then says how much of it was heard: begin() records that, too, and from
-        then on the model is shown those words and [interrupted]. If that
-        webhook comes before the dropped connection is noticed, begin() cancels
-        the earlier reply and waits for it.
+        Exception, so speak() says no apology. On its way out it closes reply()
+        and, in it, the stream from Gemini. Here the turn is logged, and
+        recorded as not finished, with the words that were written; do_anyway()
+        sees to that even if this handler is cancelled again. The caller's next
+        webhook tells how much was heard. begin() records that, and from then
+        on the model is shown those words and [interrupted]. If that webhook
+        comes before the dropped connection is noticed, hush() cancels the
+        earlier reply and waits for it. If the answer was already written to
+        its end, there is nothing to cut off, and only the report comes.
         """
         self.replies.add(reply)
         try:
@@ -1058,21 +1063,24 @@ class Webhook:
         """Records what the webhook tells, and gives the answer that is to be spoken.
 
         A webhook may be delivered twice. If its turn is finished, or a later
-        one has begun, the same words are spoken again and nothing changes. If
-        the turn is still being spoken, that reply is cut off, and this
-        delivery gets a new one. If it was cut off and nothing came after it,
-        it gets a new one, too.
+        one has begun, the same words are spoken again, without other events,
+        and nothing changes. If the turn is still being spoken, that reply is
+        cut off, and this delivery gets a new one. If it was cut off and
+        nothing came after it, it gets a new one, too. A turn that is no longer
+        in the history counts as new.
         """
         conversation = reply.conversation
         # Before the model is asked, and even if the caller hangs up: no word
-        # gets lost.
+        # gets lost, and the turn has its place among the others.
         await self.do_anyway(self.record_words(reply))
         turns = await self.wait_for_the_floor(reply)
+        # Who still speaks now began later, so this one has been overtaken.
         if conversation in self.speaking or is_past(turns, reply.turn_id):
             reply.again = True
             return say_once(turns[reply.turn_id].spoken)
         self.speaking[conversation] = reply
-        # What an earlier delivery of this webhook did, it did.
+        # What an earlier delivery did is shown to the model, so that it is not
+        # done again.
         reply.turn.done = turns[reply.turn_id].done
         history = [
             turn
@@ -1093,10 +1101,10 @@ class Webhook:
         return self.agent.reply(reply.event, history)
 
     async def wait_for_the_floor(self, reply: Reply) -> dict[str, Turn]:
-        """Waits until no earlier reply speaks, and cuts it off; returns the turns.
+        """Cuts off an earlier reply and waits for its end; returns the turns.
 
-        They are those at the end of the wait. There is nothing to wait for if
-        a later reply speaks, or if this turn is past.
+        They are loaded after the wait. A reply that began later than this one
+        is left alone, and so is any if this turn is past.
         """
         while True:
             other = self.speaking.get(reply.conversation)
@@ -1112,7 +1120,7 @@ class Webhook:
 
     async def hush(self, reply: Reply) -> None:
         """Cuts a reply off and waits until it is recorded."""
-        # A finished one only has to be recorded yet.
+        # One that is finished has only to be recorded.
         if reply.task is not None and not reply.finished:
             reply.task.cancel()
         await reply.over.wait()
@@ -1144,7 +1152,7 @@ class Webhook:
     async def end(self, reply: Reply) -> None:
         """Records what was spoken, and lets the next reply begin."""
         conversation = reply.conversation
-        # If not, it was spoken again, or cut off before it had begun.
+        # Without it, this was a repetition, or ended before it had begun.
         has_the_floor = self.speaking.get(conversation) is reply
         try:
             if has_the_floor:
@@ -1247,12 +1255,12 @@ class Pages:
         only = settings.layercode_agent_id
         if only and agent_id != only:
             raise web.HTTPForbidden(reason="agent_id is not LAYERCODE_AGENT_ID")
-        # One by one, because Layercode would take more of them: with a config,
-        # a visitor could have the session call a webhook and a model of their
-        # own.
+        # The page's fields are copied one by one, because Layercode would take
+        # others, too: with a config, a visitor could have the session call a
+        # webhook and a model of their own.
         session: Event = {"agent_id": agent_id}
         conversation = page.get("conversation_id") or page.get("session_id")
-        if conversation is not None:
+        if conversation:
             session["conversation_id"] = conversation
         for name in ("metadata", "sdk_version"):
             if page.get(name) is not None:
@@ -1466,9 +1474,9 @@ def interruption_of(event: Event) -> Interruption | None:
 
 
 def cause(error: BaseException) -> str:
-    """What the log says of an error: its type and place.
+    """What the log says of an error: its type and place, or a ModelError's message.
 
-    Not its message, which may hold a key or what a caller said.
+    The message of another may hold a key or what a caller said.
     """
     if isinstance(error, ModelError):
         return str(error)
@@ -1501,8 +1509,8 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 class Brief(logging.Filter):
     """Shortens what strangers can have aiohttp and asyncio log.
 
-    Malformed HTTP, and more connections than open files, become one line a
-    second at most, without a traceback. All else passes.
+    Malformed HTTP, and more connections than files may be open, become one
+    line a second at most, without a traceback. All else passes.
     """
 
     def __init__(self) -> None:
@@ -1546,7 +1554,7 @@ class Call:
         self.heard = ""
 
     def event(self, kind: str, **more: Any) -> Event:
-        """A webhook of this conversation, of a new turn."""
+        """A webhook that begins a new turn; forgets what was heard of the last."""
         self.turn_id = secrets.token_hex(8)
         self.heard = ""
         event = {
@@ -1567,7 +1575,7 @@ class Call:
         }
 
     async def send(self, event: Event) -> AsyncGenerator[Event, None]:
-        """Sends a webhook, really signed, and yields the frames of the answer.
+        """Sends a webhook, signed as by Layercode, and yields the frames of the answer.
 
         Closing it before the end drops the connection, as Layercode does when
         the caller interrupts. Raises CallError.
@@ -1897,7 +1905,7 @@ class Chat:
 
 
 async def chat(agent: Agent, url: str) -> None:
-    """Chats with the agent at a URL, or without one with this agent, served here.
+    """Chats with the agent at a URL or, without a URL, with this one, served here.
 
     Raises CallError.
     """
@@ -2001,7 +2009,7 @@ def serve(agent: Agent) -> None:
 
 
 def read_arguments() -> argparse.Namespace:
-    """The command line. Exits with a usage line and status 2 if it cannot be right."""
+    """The command line. Exits with a usage line and status 2 if it is wrong."""
     parser = argparse.ArgumentParser(
         description="A Layercode voice agent. Without arguments, it is served."
     )

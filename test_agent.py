@@ -2405,7 +2405,8 @@ async def test_a_visitor_cannot_set_more_than_four_fields(page: Page, api: Api) 
     assert await page.status({**four, **more}) == 200
     assert await page.status({"pipeline_id": "a", "session_id": "c"}) == 200
     older = {"agent_id": "a", "conversation_id": "c"}
-    assert [asked for _, asked in api.asked] == [four, older]
+    assert await page.status({"agent_id": "a", "session_id": ""}) == 200
+    assert [asked for _, asked in api.asked] == [four, older, {"agent_id": "a"}]
 
 
 class Doorkeeper(Agent):
