@@ -1,8 +1,8 @@
 """A backend for Layercode voice agents: signed webhooks in, speech out, in one file.
 
-    caller ── audio ──► Layercode ── POST /agent, signed JSON ──► agent.py ──► Gemini
-    caller ◄─ audio ─── Layercode ◄── Server-Sent Events ──────── agent.py ◄── text
-    browser ── POST /authorize ──► agent.py ── with the API key ──► Layercode REST API
+    caller -- audio --> Layercode -- POST /agent, signed JSON --> agent.py --> Gemini
+    caller <- audio --- Layercode <-- Server-Sent Events -------- agent.py <-- text
+    browser -- POST /authorize --> agent.py -- with the API key --> Layercode REST API
 
     python agent.py             serve Layercode's webhooks and authorize browsers
     python agent.py chat        talk to this agent in the terminal; no API key needed
@@ -348,8 +348,8 @@ class Histories:
 
         `user` is recorded before the model is asked, `spoken` and `finished`
         when the answer is over or cut off, and `heard` when it is reported,
-        which may be before the others. Each sets fields of its own, so their
-        order does not matter.
+        which may be before the others. Each call sets fields of its own, so
+        their order does not matter.
         """
         turns = self._conversations.pop(conversation, {})
         self._conversations[conversation] = turns
@@ -425,10 +425,13 @@ def verify(header: str, body: bytes, secret: str) -> bool:
     is_number = timestamp.isascii() and timestamp.isdecimal() and len(timestamp) < 20
     if not is_number or abs(time.time() - int(timestamp)) > TOLERANCE:
         return False
-    expected = sign(body, secret, timestamp).partition("v1=")[2].encode()
-    # Bytes: compare_digest() refuses to compare a text that is not ASCII.
-    given = [signature.encode(errors="replace") for signature in signatures]
-    return any(hmac.compare_digest(expected, one) for one in given)
+    expected = sign(body, secret, timestamp).encode()
+    for signature in signatures:
+        # Bytes: compare_digest() refuses to compare a text that is not ASCII.
+        given = f"t={timestamp},v1={signature}".encode(errors="replace")
+        if hmac.compare_digest(expected, given):
+            return True
+    return False
 
 
 # ---- Asking a model ------------------------------------------------------------------
@@ -1074,7 +1077,7 @@ class Webhook:
         # gets lost, and the turn has its place among the others.
         await self.do_anyway(self.record_words(reply))
         turns = await self.wait_for_the_floor(reply)
-        # Who still speaks now began later, so this one has been overtaken.
+        # It is overtaken by a later reply, or it is past.
         if conversation in self.speaking or is_past(turns, reply.turn_id):
             reply.again = True
             return say_once(turns[reply.turn_id].spoken)
@@ -1211,12 +1214,11 @@ class Pages:
                 )
             response = await handler(request)
         except web.HTTPException as error:
-            path, reason = request.path, error.reason
-            asked = f"{request.method} {path[:60]!r}"
+            asked = f"{request.method} {request.path[:60]!r}"
             if origin:
                 asked += f" from a page of {origin[:60]!r}"
-            log.warning("%s: %d %s", asked, error.status, reason)
-            response = error_response(error.status, reason)
+            log.warning("%s: %d %s", asked, error.status, error.reason)
+            response = error_response(error.status, error.reason)
         except Exception as error:
             if request.transport is None:
                 # Nobody is there to be told, and aiohttp ignores it.
@@ -1987,8 +1989,7 @@ def serve(agent: Agent) -> None:
     lines.append(f"Next: open a tunnel, for instance with {tunnel}")
 
     def when_up(_: str) -> None:
-        # aiohttp calls this once it listens.
-        #
+        # aiohttp calls this once it listens. From now on,
         # google-genai's 100,000 objects are here to stay. Whenever the garbage
         # collector looked at them, every caller would wait for 60 ms.
         gc.freeze()

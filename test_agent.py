@@ -1098,16 +1098,23 @@ async def test_the_next_message_waits_until_a_cut_off_answer_is_recorded(
     assert gemini.heard()[1] == ("model", "Once upon  [interrupted]")
 
 
-async def test_no_word_is_lost_if_a_caller_hangs_up_while_the_store_is_slow(
-    start: Start, caplog: pytest.LogCaptureFixture
+async def hang_up_while_it_records(
+    caller: Layercode, store: SlowStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = SlowStore("user")
-    caller = await start(Agent(OFFLINE, store))
+    """Says something, hangs up, and only then lets the store go on."""
     call = asyncio.create_task(caller.say("Hello?"))
     await store.begun.wait()
     call.cancel()
     await until(lambda: logged(caplog))
     store.may_end.set()
+
+
+async def test_no_word_is_lost_if_a_caller_hangs_up_while_the_store_is_slow(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = SlowStore("user")
+    caller = await start(Agent(OFFLINE, store))
+    await hang_up_while_it_records(caller, store, caplog)
     await asyncio.sleep(0)
     [turn] = (await store.load(caller.conversation)).values()
     assert (turn.user, turn.finished) == ("Hello?", False)
@@ -1173,11 +1180,7 @@ async def test_what_fails_after_a_hang_up_is_told_by_its_place(
 
     store = Store("user")
     caller = await start(Agent(OFFLINE, store))
-    call = asyncio.create_task(caller.say("Hello?"))
-    await store.begun.wait()
-    call.cancel()
-    await until(lambda: logged(caplog))
-    store.may_end.set()
+    await hang_up_while_it_records(caller, store, caplog)
     await until(lambda: len(logged(caplog)) == 2)
     assert "failed after a hang-up: OSError at test_agent.py:" in logged(caplog)[1]
     gc.collect()
@@ -1450,11 +1453,7 @@ async def test_a_conversation_goes_though_its_caller_hung_up_before_the_answer(
     monkeypatch.setattr(agent, "MAX_CONVERSATIONS", 3)
     store = SlowStore("user")
     caller = await start(Agent(OFFLINE, store))
-    call = asyncio.create_task(caller.say("Hello?"))
-    await store.begun.wait()
-    call.cancel()
-    await until(lambda: logged(caplog))
-    store.may_end.set()
+    await hang_up_while_it_records(caller, store, caplog)
     for _ in range(5):
         other = Layercode(caller.http, caller.url)
         await other.send(other.event("welcome"))

@@ -18,7 +18,6 @@ import json
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from aiohttp import web
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import recipes
+from ports import free_port
 
 import agent
 from agent import Agent
@@ -192,8 +192,7 @@ def start(stack: ExitStack, *command: str) -> None:
 
 def start_server(stack: ExitStack, name: str) -> int:
     """Runs one of the SERVERS until the stack is closed; returns its port."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
+    port = free_port()
     os.environ["PORT"] = str(port)
     start(stack, __file__, name)
     return port

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import aiohttp
 from aiohttp import web
+from ports import listens
 
 ROOT = Path(__file__).parent.parent
 SECRET = "a webhook secret"
@@ -145,16 +146,6 @@ async def agent_at_work(folder: Path, changes: str, gemini: str) -> AsyncIterato
     finally:
         process.kill()
         await process.wait()
-
-
-async def listens(port: int) -> bool:
-    """Whether a server listens at a port."""
-    try:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-    except OSError:
-        return False
-    writer.close()
-    return True
 
 
 # ---- Callers -------------------------------------------------------------------------

@@ -37,6 +37,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from ports import free_port
+
 HERE = Path(__file__).parent
 SECRET = "a webhook secret"
 MIB = 2**20
@@ -467,13 +469,6 @@ class Stage:
         for agent in self.agents:
             agent.process.kill()
             agent.process.wait()
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 # ---- The measurements ----------------------------------------------------------------

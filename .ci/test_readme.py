@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import recipes
+from ports import listens
 
 import agent
 from agent import Agent, Event, Settings, Speech, Turn, sign
@@ -325,23 +326,13 @@ async def nginx(folder: Path, agent_url: str, port: int) -> AsyncIterator[str]:
     process = await asyncio.create_subprocess_exec("nginx", "-p", folder, "-c", config)
     try:
         async with asyncio.timeout(10):
-            while not await answers(port):
+            while not await listens(port):
                 assert process.returncode is None
                 await asyncio.sleep(0.05)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         await process.wait()
-
-
-async def answers(port: int) -> bool:
-    """Whether something listens at a port."""
-    try:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-    except OSError:
-        return False
-    writer.close()
-    return True
 
 
 needs_nginx = pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")

@@ -708,6 +708,11 @@ async def test_an_order_counts_once_even_if_two_processes_get_its_webhook(
     with contextlib.closing(sqlite3.connect(tmp_path / "orders.sqlite")) as database:
         rows = database.execute("SELECT pizza, number FROM orders").fetchall()
     assert rows == [("salami", 2), ("salami", 2)]
+    assert pizzeria.order("funghi", 1, event) == {"ordered": "funghi", "number": 1}
+    pizzeria.order("funghi", 3, event)
+    with contextlib.closing(sqlite3.connect(tmp_path / "orders.sqlite")) as database:
+        corrected = "SELECT number FROM orders WHERE pizza = 'funghi'"
+        assert database.execute(corrected).fetchall() == [(3,)]
     declared = gemini.asked[0]["tools"][0]["functionDeclarations"][0]
     pizzas = parameters(declared)["properties"]["pizza"]["enum"]
     assert pizzas == ["margherita", "salami", "funghi"]
@@ -1032,7 +1037,7 @@ async def test_without_a_login_secret_nobody_is_let_in_and_the_log_says_so(
 
 STAND_IN = """
 const agentId = "a", sent = [];
-const answer = { ok: true, text: async () => "TOKEN" };
+const answer = { ok: GIVEN, text: async () => "TOKEN" };
 globalThis.fetch = async (...call) => (sent.push(call), answer);
 class LayercodeClient {
   constructor(options) {
@@ -1044,14 +1049,27 @@ class LayercodeClient {
 
 @pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
 async def test_the_page_sends_the_token_with_what_the_sdk_would_send() -> None:
-    blocks = re.findall(r"(?ms)^```js\n(.*?)^```$", README.read_text("utf-8"))
-    (own,) = [one for one in blocks if "authorizeSessionRequest" in one]
-    script = f"{STAND_IN}{own}setImmediate(() => console.log(JSON.stringify(sent)))"
-    node = await asyncio.create_subprocess_exec("node", "-e", script, stdout=PIPE)
-    printed, _ = await asyncio.wait_for(node.communicate(), 30)
     headers = {"Content-Type": "application/json", "Authorization": "Bearer TOKEN"}
     request = {"method": "POST", "headers": headers, "body": '{"agent_id":"a"}'}
-    assert json.loads(printed) == [["/voice-token"], ["URL", request]]
+    assert await requests_of_the_page(ok="true") == [["/voice-token"], ["URL", request]]
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
+async def test_a_page_without_a_token_asks_for_no_session() -> None:
+    assert await requests_of_the_page(ok="false") == [["/voice-token"]]
+
+
+async def requests_of_the_page(ok: str) -> list[list[object]]:
+    """What README.md's page fetches, if the answer about a token is ok or not."""
+    blocks = re.findall(r"(?ms)^```js\n(.*?)^```$", README.read_text("utf-8"))
+    (own,) = [one for one in blocks if "authorizeSessionRequest" in one]
+    script = STAND_IN.replace("GIVEN", ok) + own
+    script += "setImmediate(() => console.log(JSON.stringify(sent)))"
+    script += "\nprocess.on('unhandledRejection', () => {})"
+    node = await asyncio.create_subprocess_exec("node", "-e", script, stdout=PIPE)
+    printed, _ = await asyncio.wait_for(node.communicate(), 30)
+    requests: list[list[object]] = json.loads(printed)
+    return requests
 
 
 # ---- In your own aiohttp app ---------------------------------------------------------
@@ -1110,8 +1128,41 @@ async def test_your_own_app_notices_a_barge_in_and_logs_the_turns(
         await asyncio.wait_for(server.wait(), 60)
     log = file.with_suffix(".log").read_text()
     assert "Traceback" not in log
-    assert f"conversation='{pizza.conversation}'" in log
+    assert f"INFO conversation='{pizza.conversation}'" in log
     assert " interrupted first_word=" in log
+
+
+async def test_your_own_app_logs_as_much_as_log_level_says(
+    http: aiohttp.ClientSession, tmp_path: Path, unused_tcp_port: int
+) -> None:
+    file = save("own_app.py", tmp_path)
+    settings = {"PORT": str(unused_tcp_port), "LOG_LEVEL": "ERROR", **OWN}
+    async with process(file, **settings):
+        pizza = Layercode(http, f"http://127.0.0.1:{unused_tcp_port}/pizza")
+        await pizza.send(pizza.event("session.start"))
+    assert "conversation=" not in file.with_suffix(".log").read_text()
+
+
+async def test_each_agent_of_your_own_app_authorizes_for_itself_alone(
+    http: aiohttp.ClientSession, tmp_path: Path, sessions: list[Event]
+) -> None:
+    module = load("own_app.py", tmp_path)
+    settings = module.OwnSettings(
+        layercode_api_key="API-KEY",
+        layercode_api_url=os.environ["LAYERCODE_API_URL"],
+        pizza_agent_id="pizza",
+        flowers_agent_id="flowers",
+    )
+    async with served(module.make_app(settings)) as url:
+        for name, agent_id, status in (
+            ("pizza", "pizza", 200),
+            ("flowers", "flowers", 200),
+            ("pizza", "flowers", 403),
+            ("flowers", "pizza", 403),
+        ):
+            page = {"agent_id": agent_id}
+            async with http.post(f"{url}/{name}/authorize", json=page) as response:
+                assert response.status == status
 
 
 async def test_the_replies_of_both_agents_have_their_grace_at_the_same_time(

@@ -13,7 +13,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -27,9 +26,10 @@ import pytest
 import pytest_asyncio
 import recipes
 from aiohttp import web
+from ports import free_port, listens
 
 import agent
-from agent import Agent, Event
+from agent import Agent, Event, Histories
 from test_agent import (
     GEMINI_KEY,
     SECRET,
@@ -189,13 +189,6 @@ async def pair(
     b = await start(other)
     b.conversation = a.conversation
     return Pair(a, b, one.store, other.store)
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @asynccontextmanager
@@ -869,17 +862,10 @@ async def nginx(folder: Path, *ports: int) -> AsyncIterator[str]:
     process = await asyncio.create_subprocess_exec(
         *("nginx", "-p", folder, "-c", config)
     )
-
-    async def listens() -> bool:
-        try:
-            _, writer = await asyncio.open_connection("127.0.0.1", listen)
-        except OSError:
-            return False
-        writer.close()
-        return True
-
     try:
-        await until(listens)
+        async with asyncio.timeout(10):
+            while not await listens(listen):
+                await asyncio.sleep(0.05)
         yield f"http://127.0.0.1:{listen}"
     finally:
         process.terminate()
@@ -1156,8 +1142,10 @@ async def test_another_model_is_set_by_the_environment(
     monkeypatch.setenv("OPENAI_API_KEY", "another key")
     monkeypatch.setenv("OPENAI_MODEL", "large")
     monkeypatch.setenv("OPENAI_BASE_URL", openai.url)
-    caller = await start(another_model.OpenAIAgent())
+    histories = Histories()
+    caller = await start(another_model.OpenAIAgent(histories=histories))
     assert await caller.say("Hi") == "Sure, no problem."
+    assert await histories.load(caller.conversation)
     assert (openai.keys, openai.asked[0]["model"]) == (["Bearer another key"], "large")
 
 

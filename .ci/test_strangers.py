@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import zlib
 from asyncio import StreamReader, StreamWriter
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Callable
@@ -15,8 +14,11 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import aiohttp
 import pytest
 from aiohttp import web
+from ports import free_port
+from strangers import BOMB
 
 import agent
 from agent import Agent, Event, Settings, Speech, Turn, sign
@@ -80,14 +82,6 @@ class Running:
         async with connected(self.port) as (reader, writer):
             writer.write(request)
             return await read_to_end(reader)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 @asynccontextmanager
@@ -160,15 +154,6 @@ def post(path: str, body: bytes, *headers: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def bomb() -> bytes:
-    """1 MB of gzip that inflates to 1 GB."""
-    with_gzip_header = 31
-    gzip = zlib.compressobj(9, zlib.DEFLATED, with_gzip_header)
-    header = gzip.compress(b"") + gzip.flush(zlib.Z_FULL_FLUSH)
-    zeros = gzip.compress(bytes(MIB)) + gzip.flush(zlib.Z_FULL_FLUSH)
-    return header + zeros * 1000
-
-
 # ---- Bodies and heads ----------------------------------------------------------------
 
 
@@ -179,7 +164,7 @@ def bomb() -> bytes:
 async def test_a_gzip_bomb_is_not_inflated(path: str, status: bytes) -> None:
     async with running(agent.__file__, **SIGNED) as one:
         before = one.processor()
-        answer = await one.answer(post(path, bomb(), "Content-Encoding: gzip"))
+        answer = await one.answer(post(path, BOMB, "Content-Encoding: gzip"))
         assert status in answer.partition(b"\r\n")[0]
         # To inflate it takes more than a second on any machine of today.
         assert one.processor() - before < 0.3
@@ -520,6 +505,24 @@ def signed_message() -> bytes:
 
 # ---- The end, and the start ----------------------------------------------------------
 
+SAYS_WHAT_IS_FROZEN = """
+import gc
+
+class Frozen(agent.Agent):
+    async def greet(self, event, history):
+        yield f"{gc.get_freeze_count() > 10_000}"
+"""
+
+
+async def test_what_is_there_at_the_start_costs_no_collection_of_garbage(
+    tmp_path: Path,
+) -> None:
+    file = like(tmp_path, SAYS_WHAT_IS_FROZEN, served="Frozen")
+    async with running(file, **SIGNED) as one, aiohttp.ClientSession() as http:
+        caller = Layercode(http, f"http://127.0.0.1:{one.port}")
+        assert await caller.send(caller.event("welcome")) == "True"
+
+
 TALKS_FOR_EVER = """
 import asyncio
 class Endless(agent.Agent):
@@ -544,7 +547,7 @@ async def test_a_stop_under_a_flood_takes_less_than_15_s(tmp_path: Path) -> None
                     there.append(request)
                     await asyncio.sleep(0.01)
 
-    gzip = post("/agent", bomb(), "Content-Encoding: gzip")
+    gzip = post("/agent", BOMB, "Content-Encoding: gzip")
     requests = [GET * 100, ENDLESS_BODY, signed_message(), b"X: y\r\n", gzip]
     async with running(file, **SIGNED) as one, asyncio.TaskGroup() as tasks:
         for request in requests * 20:
