@@ -22,143 +22,130 @@ An agent of your own is a file beside this one:
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # Until main() takes over, Ctrl-C ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import asyncio
+import concurrent.futures
 import contextlib
-import ctypes
 import dataclasses
-import errno
 import fnmatch
 import gc
 import hashlib
 import hmac
-import importlib
-import io
+import inspect
+import itertools
 import json
 import logging
 import os
-import secrets
-import select
-import shlex
+import re
+import socket
+import ssl
 import sys
 import sysconfig
 import threading
 import time
 import traceback
+import urllib.request
+from collections.abc import AsyncGenerator as Stream
 from collections.abc import (
-    AsyncGenerator,
     AsyncIterator,
     Awaitable,
     Callable,
-    Collection,
     Coroutine,
     Iterator,
     Sequence,
 )
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Self, TypedDict, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import aiohttp
+import certifi
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 
 if TYPE_CHECKING:
-    from google.genai.errors import APIError
-    from google.genai.types import (
-        GenerateContentConfigDict,
-        GenerateContentResponse,
-        HttpOptionsDict,
-    )
+    from google.genai.types import FunctionDeclarationDict as Declaration
+    from google.genai.types import GenerateContentConfigDict as Config
+    from google.genai.types import GenerateContentResponse as Chunk
+    from google.genai.types import Part
 
 log = logging.getLogger("agent")
+# What strangers can cause.
+refusals = logging.getLogger("agent.refusals")
+# Errors with their messages, which may quote a caller.
+details = logging.getLogger("agent.details")
 
+T = TypeVar("T")
 # A JSON object: a webhook, an event for Layercode, a content for Gemini.
 Event = dict[str, Any]
 # What greet() and reply() yield: a str is spoken, an Event is sent as it is.
-Speech = AsyncGenerator[str | Event, None]
-Piece = TypeVar("Piece")
+Speech = Stream[str | Event, None]
+# What Gemini may call: a function, sync or async, with types and a docstring.
+Tool = Callable[..., Any]
 
 # ---- Limits --------------------------------------------------------------------------
 
-# Seconds without a next piece of an answer before the caller hears the
-# apology.
-PATIENCE = 8.0
-# Seconds after which a model that has said nothing is asked a second time.
-ASK_AGAIN_AFTER = 2.5
+# Seconds that an answer waits for its tools: less than Agent.patience.
+TOOL_PATIENCE = 5.0
+# Seconds that tools may take before Agent.filler is spoken.
+FILLER_AFTER = 1.2
+# How often Gemini may call tools in one answer before it has to speak.
+MAX_ROUNDS = 5
+# Seconds in which more may follow Gemini's finish reason: gateways give one with
+# each chunk.
+STREAM_END_PATIENCE = 0.1
+# Seconds that Gemini may take to accept a connection ahead of a question.
+WARM_UP_PATIENCE = 10.0
 # Seconds that Layercode may take to accept a frame before it counts as gone.
 WRITE_PATIENCE = 5.0
-# Seconds that a store may take to record what was spoken.
+# Seconds that a store may take to record what must not hold up a call.
 RECORD_PATIENCE = 2.0
+# Seconds that notice() may take.
+NOTICE_PATIENCE = 30.0
 # Seconds that a request may take to send its body.
 BODY_PATIENCE = 5.0
 # Seconds that Layercode's REST API may take to authorize a browser.
 AUTHORIZE_PATIENCE = 10.0
-# Seconds that `chat` waits for a connection, and for each next part of an
-# answer.
-CALL_PATIENCE = 15.0
-# Seconds that Gemini may take to accept a connection ahead of the first
-# question.
-WARM_UP_PATIENCE = 10.0
-# Seconds that Gemini may take to end its stream after the last word, which
-# leaves the connection free for the next question.
-STREAM_END_PATIENCE = 0.1
-# Seconds that replies may go on for when the server is stopped. To end them
-# takes 1 more, and aiohttp waits for its shutdown_timeout of 1 twice: together
-# less than the 10 that `docker stop` waits.
+# Seconds that `chat` waits for each next part of an answer.
+CHAT_PATIENCE = 30.0
+# Seconds that calls may go on for at a stop. To cut off the rest takes 1 more, and
+# aiohttp's shutdown_timeout twice: less than the 10 that `docker stop` waits.
 GRACE = 5.0
-# Chunks that Gemini may send at once before other callers are served.
-BURST = 10
 # Seconds that a signature's timestamp may be off, as in Layercode's Node SDK 1.2.1.
 TOLERANCE = 300
-# Bytes of a request's body, and of an answer of Layercode's REST API.
+# Bytes of a webhook, which may hold a transcript, and of an answer of Layercode's.
 MAX_BODY = 2**20
-# Bytes of what a page sends to be authorized: anybody may send it, and every
-# caller waits while it is parsed.
+# Bytes of what a page sends: every caller waits while it is parsed.
 MAX_PAGE = 2**16
-# Seconds between two returns of unused memory to the system.
-MEMORY_KEPT = 30.0
+# Lines a second that strangers can write into the log.
+MAX_REFUSALS = 5
 # Turns of a conversation that are kept and sent to the model.
 MAX_TURNS = 50
 # Conversations that are kept in memory.
 MAX_CONVERSATIONS = 10_000
 
-
-class RunnerOptions(TypedDict):
-    """What aiohttp's web.run_app() and web.AppRunner() must be told."""
-
-    handler_cancellation: bool
-    auto_decompress: bool
-    keepalive_timeout: float
-    lingering_time: float
-    shutdown_timeout: float
-    access_log: logging.Logger | None
-
-
 # For your own runner, too: web.run_app(your_app, **RUNNER_OPTIONS).
-RUNNER_OPTIONS: RunnerOptions = {
+RUNNER_OPTIONS: dict[str, Any] = {
     # A dropped connection is how Layercode tells that the caller interrupts.
     "handler_cancellation": True,
     # Layercode compresses nothing. A stranger's 1 MB can inflate to 1 GB.
     "auto_decompress": False,
     # Seconds. Longer than proxies keep theirs: 60 in nginx, 90 in cloudflared.
     "keepalive_timeout": 120,
-    # Seconds to go on reading a body after the request was answered.
+    # Seconds to wait for the rest of a body after the request was answered.
     "lingering_time": 2,
-    # Seconds that aiohttp waits, twice, for requests in flight after
-    # Webhook.stop().
+    # Seconds that aiohttp waits, twice, for requests in flight after Agent.stop().
     "shutdown_timeout": 1,
     "access_log": None,
 }
 
 # ---- Settings ------------------------------------------------------------------------
-
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-THINKING_LEVELS = ("minimal", "low", "medium", "high")
-LOCAL_PAGES = (
-    "*://localhost,*://localhost:*,*://127.0.0.1,*://127.0.0.1:*,*://[::1],*://[::1]:*"
-)
 
 
 class SettingsError(ValueError):
@@ -169,10 +156,8 @@ class SettingsError(ValueError):
 class Settings:
     """The variables of .env.example, each as a field of the same name.
 
-    An agent with settings of its own adds fields in a subclass, and gives what
-    its load() returns to Agent.__init__(). The type of a field's default tells
-    whether it is a text or a number; there are no others. Raises SettingsError
-    for a wrong value.
+    A subclass with more fields has more settings: give what its load() returns to
+    Agent.__init__(). A field is a text or a number, as its default is.
     """
 
     layercode_webhook_secret: str = dataclasses.field(default="", repr=False)
@@ -181,115 +166,245 @@ class Settings:
     gemini_model: str = "gemini-3.5-flash-lite"
     gemini_thinking: str = ""
     layercode_agent_id: str = ""
-    allowed_origins: str = LOCAL_PAGES
+    allowed_origins: str = (
+        "*://localhost,*://localhost:*,*://127.0.0.1,*://127.0.0.1:*,"
+        "*://[::1],*://[::1]:*"
+    )
     host: str = "127.0.0.1"
     port: int = 3000
     layercode_api_url: str = "https://api.layercode.com"
     log_level: str = "INFO"
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise SettingsError(f"PORT={self.port} is not a port: see .env.example")
-        if self.log_level not in LOG_LEVELS:
-            choices = ", ".join(LOG_LEVELS)
-            raise SettingsError(f"LOG_LEVEL={self.log_level} is not one of {choices}")
-        thinking = self.gemini_thinking
-        is_budget = thinking.removeprefix("-").isdecimal()
-        if thinking and not is_budget and thinking not in THINKING_LEVELS:
-            choices = ", ".join(THINKING_LEVELS)
-            raise SettingsError(
-                f"GEMINI_THINKING={thinking} is neither one of {choices} nor a number"
-            )
-        if not self.layercode_api_url.startswith(("http://", "https://")):
-            raise SettingsError(
-                f"LAYERCODE_API_URL={self.layercode_api_url} is not a URL"
-            )
-        for origin in self.origins():
-            if not is_origin(origin):
-                raise SettingsError(
-                    f"ALLOWED_ORIGINS={self.allowed_origins} is wrong: "
-                    f"{origin} is not like https://app.example.com"
-                )
-
     @classmethod
     def load(cls) -> Self:
-        """The settings of the environment, else of .env, else the defaults.
+        """The settings of the environment, else of .env beside this file.
 
-        The .env stands beside this file. A variable that is set but empty has
-        its default. Raises SettingsError.
+        A variable that is empty has its default. Raises SettingsError.
         """
         given = read_dotenv(Path(__file__).with_name(".env")) | dict(os.environ)
         values: dict[str, Any] = {}
-        for one in dataclasses.fields(cls):
-            name = one.name.upper()
-            text = given.get(name, "").strip()
-            if not text:
-                continue
-            values[one.name] = text
-            # A port is a number because its default is one.
-            if isinstance(one.default, int | float):
-                try:
-                    values[one.name] = type(one.default)(text)
-                except ValueError:
-                    raise SettingsError(f"{name}={text} is not a number") from None
+        for field in dataclasses.fields(cls):
+            text = given.get(field.name.upper(), "").strip()
+            kind: Any = type(field.default)
+            try:
+                if text:
+                    values[field.name] = kind(text)
+            except ValueError:
+                message = f"{field.name.upper()}={text} is not a number"
+                raise SettingsError(message) from None
         return cls(**values)
-
-    def origins(self) -> list[str]:
-        """The allowed origins, one by one. A * stands for any text."""
-        return self.allowed_origins.lower().replace(",", " ").split()
-
-    def missing(self) -> list[str]:
-        """A sentence for each unset setting that matters to callers."""
-        sentences = []
-        if not self.layercode_webhook_secret:
-            sentences.append(
-                "LAYERCODE_WEBHOOK_SECRET is not set: every webhook will be refused. "
-                "Layercode's dashboard has it: your agent, Your Backend, Edit."
-            )
-        if not self.google_generative_ai_api_key:
-            sentences.append(
-                "GOOGLE_GENERATIVE_AI_API_KEY is not set: an offline stand-in "
-                "replies. Get a key at https://aistudio.google.com/apikey."
-            )
-        if not self.layercode_api_key:
-            sentences.append(
-                "LAYERCODE_API_KEY is not set: no browser can be authorized. "
-                "Layercode's dashboard has it: Settings."
-            )
-        return sentences
-
-
-def is_origin(text: str) -> bool:
-    """Whether text is a scheme and a host, as in https://app.example.com:8080."""
-    scheme, separator, host = text.partition("://")
-    return bool(scheme and separator and host) and "/" not in host
 
 
 def read_dotenv(file: Path) -> dict[str, str]:
-    """The variables of a .env file, with a shell's quotes and comments.
+    """The lines of NAME=value in a .env file, if there is one. Raises SettingsError.
 
-    There are none without the file. A value with a space, a quote or a # needs
-    quotes around it. Raises SettingsError for a file that cannot be read, such
-    as one in which a quote is not closed.
+    A value may stand in quotes. A # begins a comment at the start or after a space.
     """
-    if not file.is_file():
-        return {}
-    try:
-        words = shlex.split(file.read_text("utf-8-sig"), comments=True)
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{file} cannot be read: {error}") from None
     variables = {}
-    for word in words:
-        name, separator, value = word.partition("=")
-        if separator:
-            variables[name] = value
+    try:
+        lines = file.read_text("utf-8-sig").splitlines() if file.is_file() else []
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{file} cannot be read as UTF-8: {error}") from None
+    for line in lines:
+        name, _, value = line.strip().removeprefix("export ").partition("=")
+        quoted = re.match(r"""\s*(["'])(.*?)\1""", value)
+        value = quoted[2] if quoted else re.split(r"\s#", value)[0]
+        variables[name.strip()] = value.strip()
     return variables
 
 
-# ---- History -------------------------------------------------------------------------
+# ---- The agent: make it yours --------------------------------------------------------
 
-# Stands for the caller's words where there are none.
-SILENCE = "(The caller says nothing.)"
+
+class Agent:
+    """A voice agent. Make it yours in a subclass: override its words and its methods.
+
+    `settings` and `histories` are what it was made with. While it serves, `http` is an
+    aiohttp session for your own requests, and `gemini` is set if there is a key.
+    """
+
+    persona = "You're a friendly voice assistant on a call."
+    voice_rules = (
+        "Your words are read aloud: write plain spoken sentences, no Markdown, lists, "
+        "emoji or symbols; spell out numbers, dates and units; use contractions; "
+        "always punctuate. One or two sentences will do unless asked for more. "
+        "[interrupted] marks where the caller stopped hearing you; never write it."
+    )
+    greeting = "Hi there! How can I help you today?"
+    # For callers who come back to a conversation in which they have spoken.
+    welcome_back = "Welcome back! Where were we?"
+    # For what cannot be understood, and for what fails.
+    apology = "Sorry, I didn't get that. Could you say it again?"
+    # For tools that take long while nothing has been said.
+    filler = "One moment, please."
+    # Seconds without a next piece of an answer before the caller hears the apology.
+    # Here and below, float("inf") means never.
+    patience = 8.0
+    # Seconds after which a model that has said nothing is asked a second time.
+    ask_again_after = 2.5
+
+    http: aiohttp.ClientSession
+
+    def __init__(
+        self, settings: Settings | None = None, histories: Histories | None = None
+    ) -> None:
+        self.settings = Settings.load() if settings is None else settings
+        self.histories = Histories() if histories is None else histories
+        self.gemini: Gemini | None = None
+        # Replies, notices and tools, held because asyncio lets go of its tasks.
+        self.tasks: set[asyncio.Task[Any]] = set()
+        # By conversation, the reply that came last.
+        self.replies: dict[str, asyncio.Task[web.StreamResponse]] = {}
+        # By conversation and turn_id, the tools that Gemini has called.
+        self.tools_running: dict[tuple[str, str], asyncio.Task[list[Event]]] = {}
+        self.is_stopping = False
+
+    async def greet(self, event: Event, history: list[Turn]) -> Speech:
+        """Yields what is said when a call begins; if nothing, the caller speaks first.
+
+        `event` is the webhook, with your custom_metadata, the page's metadata, or the
+        caller's from_phone_number. `history` ends with this turn, still without words.
+        """
+        has_spoken = any(turn.user for turn in history)
+        yield self.welcome_back if has_spoken else self.greeting
+
+    def reply(self, event: Event, history: list[Turn]) -> Speech:
+        """The answer to the last turn of the history: yours is an async def that yields.
+
+        A str is spoken the moment it is yielded; a dict is an event for Layercode,
+        such as {"type": "response.data", "content": ...} for the page. When the caller
+        interrupts, it is cancelled: let CancelledError pass. If it raises anything
+        else, yields nothing at all, or nothing for `patience` seconds, the caller hears
+        the apology.
+        """
+        if self.gemini is None:
+            return stand_in(history)
+        return Answer(self, event, history).speak()
+
+    def tools(self, event: Event) -> Sequence[Tool]:
+        """The functions that Gemini may call while it answers a webhook.
+
+        It is told their names, docstrings and parameters, whose types are what they are
+        called with. A sync one runs in a thread, an async one must not block; they have
+        TOOL_PATIENCE seconds, and go on when the caller interrupts. Gemini is told what
+        they return; {"type": "response.data", "content": ...} goes to the page as well,
+        and {"type": "response.hangup"} ends the call after the last word.
+        """
+        return []
+
+    async def notice(self, event: Event) -> Event | None:
+        """Takes a webhook that asks for no speech; returns the answer, if there is one.
+
+        That is `data`, `session.update`, `session.end`, a `session.start` without a
+        turn_id, or a type not known yet; it may come twice. It has NOTICE_PATIENCE
+        seconds. An answer of type response.data is delivered to the page.
+        """
+        return None
+
+    async def admit(self, request: web.Request, session: Event) -> object:
+        """Decides who may start a call: raise web.HTTPForbidden(reason="...") to refuse.
+
+        `session` is what Layercode will be told; of the page's own words it has only
+        agent_id, conversation_id, metadata and sdk_version. Add custom_metadata, which
+        comes with every webhook of the call, custom_headers, or config: visitors
+        cannot. Whatever is returned, other than None, refuses as well.
+        """
+        return None
+
+    def ask(
+        self,
+        history: list[Turn],
+        config: Config | None = None,
+        has_words: Callable[[Chunk], bool] | None = None,
+    ) -> Stream[Chunk, None]:
+        """Gemini's answer to the last turn of the history, as google-genai's chunks.
+
+        `config` is google-genai's, and goes before the defaults here, but functions in
+        it are never called: see tools(). If no chunk has_words(), Gemini is asked once
+        more: see ask_twice(). Use it with contextlib.aclosing(), so that an interruption
+        ends it. Raises ModelError, aiohttp's errors, and RuntimeError without a key.
+        """
+        gemini = self.gemini
+        if gemini is None:
+            raise RuntimeError("GOOGLE_GENERATIVE_AI_API_KEY is not set")
+        instruction = f"{self.persona}\n{self.voice_rules}"
+        request = gemini.request(contents(history), instruction, config or {})
+        after = self.ask_again_after
+        return ask_twice(lambda: gemini.ask(request), has_words or speaks, after)
+
+    def make_app(self) -> web.Application:
+        """The aiohttp application, to run with RUNNER_OPTIONS, or to mount in another."""
+        server = Server(self)
+        app = web.Application(middlewares=[server.guard])
+        app.router.add_get("/", server.show)
+        for prefix in ("", "/api"):
+            app.router.add_post(f"{prefix}/agent", server.receive)
+            app.router.add_post(f"{prefix}/authorize", server.authorize)
+            app.router.add_options(f"{prefix}/authorize", server.show)
+        app.on_response_prepare.append(server.allow)
+        app.cleanup_ctx.append(self.connected)
+        app.on_shutdown.append(self.stop)
+        return app
+
+    async def connected(self, app: web.Application) -> AsyncIterator[None]:
+        """Opens `http` and `gemini`, and closes them at the end."""
+        certificates = ssl.create_default_context()
+        # Python on a Mac has no authorities of its own.
+        certificates.load_verify_locations(certifi.where())
+        connector = aiohttp.TCPConnector(
+            limit=0, keepalive_timeout=300, ssl=certificates
+        )
+        # Cookies for one visitor must not reach the next.
+        jar = aiohttp.DummyCookieJar()
+        # Left on, it would look into ~/.netrc at each request, for a fifth of the time.
+        has_proxy = bool(urllib.request.getproxies())
+        session = aiohttp.ClientSession(
+            connector=connector, cookie_jar=jar, trust_env=has_proxy
+        )
+        async with session as self.http:
+            if self.settings.google_generative_ai_api_key:
+                self.gemini = Gemini(self.settings, self.http)
+                self.start(self.gemini.warm_up(), "at the start")
+            yield
+
+    def start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        """Starts some work in a task of its own, which has the log's name for it."""
+        task = asyncio.create_task(work, name=name)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    async def stop(self, app: web.Application) -> None:
+        """Lets what goes on end by itself for GRACE seconds, then cuts it off."""
+        self.is_stopping = True
+        for seconds in (GRACE, 1):
+            if self.tasks:
+                await asyncio.wait(self.tasks, timeout=seconds)
+            self.cut_all_off()
+
+    def cut_all_off(self) -> None:
+        """Cuts off whatever goes on."""
+        for task in self.tasks:
+            cut_off(task)
+
+
+def cut_off(task: asyncio.Task[Any]) -> None:
+    """Cancels a task, once: a second time would keep it from recording its end."""
+    if not task.cancelling():
+        task.cancel()
+
+
+def is_cut_off() -> bool:
+    """Whether the task that runs now was cancelled.
+
+    A CancelledError alone does not tell: it may come from a look-up that two callers
+    share, of whom the other one has hung up.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+# ---- History -------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -302,94 +417,608 @@ class Turn:
     spoken: str = ""
     # False while it is spoken, if it was cut off, and if its process died.
     finished: bool = False
-    # What the caller heard of an answer they interrupted. Layercode reports it
-    # with a later webhook, and it overrides everything else.
+    # What the caller heard of an answer they interrupted, if Layercode has told.
     heard: str | None = None
-    # What reply() did beside speaking, as contents for the model. A reply()
-    # that uses tools records it: README.md has the recipe.
+    # The calls of tools and what they gave, as contents for the model.
     done: Sequence[Event] = ()
-    # What is added to the turn's log line.
-    remark: str = dataclasses.field(default="", compare=False)
 
     def answer(self) -> str:
         """The answer for the model: what the caller heard, as far as is known."""
-        if self.finished and self.heard is None:
-            return self.spoken
         words = self.spoken if self.heard is None else self.heard
-        if words or self.done:
-            return f"{words} [interrupted]".lstrip()
-        return ""
+        is_whole = self.finished and self.heard is None
+        if is_whole or not (words or self.done):
+            return words
+        return f"{words} [interrupted]".lstrip()
 
 
 class Histories:
     """What was said in each conversation, in memory.
 
-    A store of your own overrides both methods. load() must show what was
-    recorded before, in the order in which each turn was first recorded. Both
-    may be called concurrently, for one conversation, too. If load() or the
-    record of the caller's words raises, or takes longer than PATIENCE, the
-    caller hears the apology. If the record of an answer does, or takes longer
-    than RECORD_PATIENCE, only the log tells.
+    A store of your own overrides both methods; load() must show what was recorded
+    before. If they fail before an answer, or take longer than Agent.patience, the caller
+    hears the apology; after it, or when a tool runs, only the log tells.
     """
 
     def __init__(self) -> None:
-        # Those that are being answered, which must not be forgotten. Webhook
-        # sets this.
-        self.being_answered: Collection[str] = ()
         # The least recently used conversation comes first.
         self._conversations: dict[str, dict[str, Turn]] = {}
 
     async def load(self, conversation: str) -> dict[str, Turn]:
-        """The conversation's turns by turn_id, oldest first; none if it is new."""
+        """The turns by turn_id, in the order in which each was first recorded."""
         return dict(self._conversations.get(conversation, {}))
 
     async def record(self, conversation: str, turn_id: str, **facts: Any) -> None:
         """Sets fields of a Turn, which is a new one if its turn_id is new.
 
-        `user` is recorded before the model is asked, `spoken` and `finished`
-        when the answer is over or cut off, and `heard` when it is reported,
-        which may be before the others. Each call sets fields of its own, so
-        their order does not matter.
+        `user` is recorded before the model is asked, `done` before tools begin and when
+        they have ended, `user`, `spoken` and `finished` when the answer is over or cut
+        off, `heard` or `finished` when a later webhook reports an interruption.
         """
         turns = self._conversations.pop(conversation, {})
-        self._conversations[conversation] = turns
         turns[turn_id] = dataclasses.replace(turns.get(turn_id, Turn()), **facts)
+        self._conversations[conversation] = turns
         if len(turns) > MAX_TURNS:
-            oldest = next(iter(turns))
-            del turns[oldest]
+            del turns[next(iter(turns))]
         if len(self._conversations) > MAX_CONVERSATIONS:
-            self._forget_one()
-
-    def _forget_one(self) -> None:
-        for conversation in self._conversations:
-            if conversation not in self.being_answered:
-                del self._conversations[conversation]
-                return
+            del self._conversations[next(iter(self._conversations))]
 
 
 def contents(history: list[Turn]) -> list[Event]:
     """What Gemini is sent of a history, whose last turn is the one to answer.
 
-    The caller and the model take turns, and the caller comes first and last.
-    Of an answer that was interrupted, it has what the caller heard, once that
-    is reported.
+    The caller and the model take turns, and the caller comes first and last. Of an
+    answer that was interrupted, it has what the caller heard.
     """
     said: list[Event] = []
-    unanswered: list[Event] = []
-    for turn in history[:-1]:
-        unanswered.append({"text": turn.user or SILENCE})
-        answer = turn.answer()
-        if answer or turn.done:
-            said.append({"role": "user", "parts": unanswered})
-            said.extend(turn.done)
-            unanswered = []
-        if answer:
-            said.append({"role": "model", "parts": [{"text": answer}]})
-    last = history[-1]
-    unanswered.append({"text": last.user or SILENCE})
-    said.append({"role": "user", "parts": unanswered})
-    said.extend(last.done)
-    return said
+    for turn in history:
+        words = turn.user or "(The caller says nothing.)"
+        said += [{"role": "user", "parts": [{"text": words}]}, *turn.done]
+        if turn.answer() and turn is not history[-1]:
+            said.append({"role": "model", "parts": [{"text": turn.answer()}]})
+    merged = []
+    for role, group in itertools.groupby(said, lambda content: content["role"]):
+        parts = [part for content in group for part in content["parts"]]
+        merged.append({"role": role, "parts": parts})
+    return merged
+
+
+# ---- The webhook, and web pages ------------------------------------------------------
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Server:
+    """Answers webhooks and web pages for an agent, and turns strangers away."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+
+    @web.middleware
+    async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Turns strangers away, and logs refusals, and errors without their messages."""
+        asked = f"{request.method} {request.path[:60]!r}"
+        origin = request.headers.get("Origin", "")
+        if origin:
+            asked += f" from a page of {origin[:80]!r}"
+        try:
+            if "Transfer-Encoding" in request.headers:
+                # A body in chunks of one byte would keep all callers waiting. Layercode,
+                # browsers and proxies send a Content-Length.
+                raise web.HTTPLengthRequired(reason="a Content-Length is needed")
+            if origin and not self.is_allowed(origin):
+                reason = (
+                    "the page's origin is not in ALLOWED_ORIGINS: add it if it is yours"
+                )
+                raise web.HTTPForbidden(reason=reason)
+            return await handler(request)
+        except web.HTTPException as answer:
+            if answer.status >= 400:
+                refusals.warning("%s: %d %s", asked, answer.status, answer.reason)
+            raise
+        except BaseException as error:
+            if is_cut_off():
+                # The client has gone.
+                raise
+            log.error("%s failed: %s", asked, cause(error))
+            raise web.HTTPInternalServerError(reason="see the agent's log") from None
+        finally:
+            if not request.content.is_eof():
+                # What is still to come of the body is not even parsed.
+                request.protocol.close()
+
+    def is_allowed(self, origin: str) -> bool:
+        """Whether pages of an origin may start calls. A * in a setting is any text."""
+        allowed = self.agent.settings.allowed_origins.lower().replace(",", " ").split()
+        # To fnmatch, the [ of an IPv6 address would begin a set of characters.
+        patterns = [one.rstrip("/").replace("[", "[[]") for one in allowed]
+        return any(fnmatch.fnmatchcase(origin, pattern) for pattern in patterns)
+
+    async def allow(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Lets pages of the allowed origins read a response, before it is sent."""
+        origin = request.headers.get("Origin", "")
+        if self.is_allowed(origin):
+            wanted = request.headers.get("Access-Control-Request-Headers", "")
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Access-Control-Allow-Headers"] = wanted
+            response.headers["Vary"] = "Origin"
+
+    async def show(self, request: web.Request) -> web.StreamResponse:
+        """The page index.html beside this file, if there is one; else that it is up."""
+        page = Path(__file__).with_name("index.html")
+        if request.method != "OPTIONS" and page.is_file():
+            return web.FileResponse(page)
+        return web.Response(text="The agent is up.\n")
+
+    async def receive(self, request: web.Request) -> web.StreamResponse:
+        """Answers a webhook: with speech, or with what notice() gives."""
+        secret = self.agent.settings.layercode_webhook_secret
+        if not secret:
+            reason = "LAYERCODE_WEBHOOK_SECRET is not set"
+            raise web.HTTPInternalServerError(reason=reason)
+        signature = request.headers.get("layercode-signature", "")
+        # Before the body is read, so that strangers' bodies take no memory.
+        if not signed_at(signature):
+            reason = "layercode-signature is missing or not of now: is the clock right?"
+            raise web.HTTPUnauthorized(reason=reason)
+        body = await read_body(request, MAX_BODY)
+        if not verify(signature, body, secret):
+            reason = "wrong signature: is LAYERCODE_WEBHOOK_SECRET this agent's?"
+            raise web.HTTPUnauthorized(reason=reason)
+        event = parse(body)
+        # The oldest webhooks have no conversation_id: there, the session is it.
+        event["conversation_id"] = text_of(event, "conversation_id", "session_id")
+        kind = text_of(event, "type")
+        # A session.start without a turn_id is a mere notice.
+        is_start = kind == "session.start" and event.get("turn_id") is not None
+        if not is_start and kind not in ("message", "welcome"):
+            # In a task, because Layercode may not wait for the answer.
+            name = f"conversation={event['conversation_id']!r} {kind!r}"
+            return await asyncio.shield(self.agent.start(self.notice(event), name))
+        # Arrival decides: nothing waits between here and the start of the reply's task,
+        # so each reply knows the one before it, whatever a store takes.
+        task = Reply(self.agent, request, event).task
+        try:
+            return await asyncio.shield(task)
+        finally:
+            cut_off(task)
+
+    async def notice(self, event: Event) -> web.Response:
+        """The answer of the agent's notice(), or a 500 if that fails."""
+        try:
+            async with asyncio.timeout(NOTICE_PATIENCE):
+                return web.json_response(await self.agent.notice(event) or {})
+        except BaseException as error:
+            outcome = "was cut off" if is_cut_off() else "failed"
+            log.error("%s %s in notice(): %s", name_of_task(), outcome, cause(error))
+            return web.Response(status=500, reason="see the agent's log")
+
+    async def authorize(self, request: web.Request) -> web.Response:
+        """Gets a page its session: Layercode's answer, while the API key stays here."""
+        page = parse(await read_body(request, MAX_PAGE))
+        settings = self.agent.settings
+        if not settings.layercode_api_key:
+            raise web.HTTPInternalServerError(reason="LAYERCODE_API_KEY is not set")
+        # The page's fields are copied one by one, because Layercode would take others,
+        # too: with a config, a visitor could have the session call a webhook and a model
+        # of their own.
+        session = {"agent_id": text_of(page, "agent_id", "pipeline_id")}
+        if settings.layercode_agent_id not in ("", session["agent_id"]):
+            raise web.HTTPForbidden(reason="agent_id is not LAYERCODE_AGENT_ID")
+        if page.get("conversation_id") or page.get("session_id"):
+            session["conversation_id"] = text_of(page, "conversation_id", "session_id")
+        for name in ("metadata", "sdk_version"):
+            if page.get(name) is not None:
+                session[name] = page[name]
+        refusal = await self.agent.admit(request, session)
+        if isinstance(refusal, web.HTTPException):
+            raise refusal
+        if refusal is not None:
+            raise web.HTTPForbidden(reason="admit() has returned something")
+        return await self.ask_layercode(session)
+
+    async def ask_layercode(self, session: Event) -> web.Response:
+        """Layercode's answer to a request for a session, for the page."""
+        settings = self.agent.settings
+        url = (
+            f"{settings.layercode_api_url.rstrip('/')}/v1/agents/web/authorize_session"
+        )
+        headers = {"Authorization": f"Bearer {settings.layercode_api_key}"}
+        options: Event = {"json": session, "headers": headers, "allow_redirects": False}
+        body = b""
+        try:
+            async with asyncio.timeout(AUTHORIZE_PATIENCE):
+                async with self.agent.http.post(url, **options) as response:
+                    async for piece in response.content.iter_any():
+                        body += piece
+                        if len(body) > MAX_BODY:
+                            raise web.HTTPBadGateway(
+                                reason="Layercode's answer is endless"
+                            )
+        except RecursionError:
+            raise web.HTTPBadRequest(reason="metadata is nested too deeply") from None
+        except TimeoutError:
+            raise web.HTTPGatewayTimeout(reason="Layercode does not answer") from None
+        except aiohttp.ClientError as error:
+            reason = f"Layercode could not be reached: {type(error).__name__}"
+            raise web.HTTPBadGateway(reason=reason) from None
+        # An answer that quotes the request must not show the page the key.
+        body = body.replace(settings.layercode_api_key.encode(), b"***")
+        status = response.status
+        answer: Event = {
+            "body": body,
+            "status": status,
+            "reason": reason_of(status, body),
+        }
+        return web.Response(content_type="application/json", **answer)
+
+
+def reason_of(status: int, body: bytes) -> str:
+    """The reason phrase, which is all that the page sees, for an answer of Layercode's.
+
+    Raises HTTPBadGateway for one that is not for the page.
+    """
+    if 200 <= status < 300:
+        return "OK"
+    error = None
+    if status in (400, 402):
+        with contextlib.suppress(web.HTTPBadRequest):
+            error = parse(body).get("error")
+    if not isinstance(error, str):
+        raise web.HTTPBadGateway(reason=f"Layercode answered {status}")
+    return " ".join(re.sub(r"[^ -~]", " ", error).split())[:200]
+
+
+class GoneError(ConnectionError):
+    """Layercode has dropped the connection, or has stopped reading."""
+
+
+class Reply:
+    """An answer on its way to Layercode.
+
+    The whole story of an interruption: the caller speaks, so Layercode drops the
+    connection. aiohttp then cancels the handler (handler_cancellation), and that cuts
+    off the reply's task, wherever it waits. This closes the agent's reply() and, in it,
+    the stream from Gemini; tools that have begun go on. What was spoken is recorded as
+    not finished. The caller's next webhook tells how much was heard; that is recorded,
+    and the model is shown those words and [interrupted]. If that webhook comes before
+    the dropped connection is noticed, its reply cuts this one off, and waits until it
+    is recorded. If the answer was already written, only the report comes.
+    """
+
+    def __init__(self, agent: Agent, request: web.Request, event: Event) -> None:
+        self.agent = agent
+        self.request = request
+        self.event = event
+        self.key = (event["conversation_id"], text_of(event, "turn_id"))
+        # At the end of the history that reply() gets.
+        self.turn = Turn()
+        # An empty transcript is no error, a missing one is.
+        if event["type"] == "message" and event.get("text", 0) not in ("", None):
+            self.turn.user = text_of(event, "text").strip()
+        # What the history is to be told in the end.
+        self.facts: Event = {"user": self.turn.user}
+        headers = {
+            "Content-Type": "text/event-stream",
+            "Cache-Control": "no-cache, no-transform",
+            # Keeps nginx from holding the stream back.
+            "X-Accel-Buffering": "no",
+        }
+        self.response = web.StreamResponse(headers=headers)
+        self.plain = Plain()
+        # Whether anything was sent, be it words or an event.
+        self.has_answered = False
+        self.outcome = "interrupted"
+        self.chunks = 0
+        self.started = time.monotonic()
+        self.first_word = ""
+        name = f"conversation={self.key[0]!r} turn={self.key[1]!r}"
+        self.earlier = agent.replies.get(self.key[0])
+        self.task = agent.start(self.run(), name)
+        agent.replies[self.key[0]] = self.task
+
+    async def run(self) -> web.StreamResponse:
+        """Speaks the answer, and records what became of it, whatever happens."""
+        try:
+            await self.response.prepare(self.request)
+            await self.speak()
+        except ConnectionError:
+            # Layercode has gone: there is nobody to tell.
+            pass
+        finally:
+            level = logging.WARNING if "failed" in self.outcome else logging.INFO
+            figures = f"first_word={self.first_word or 'none'} total={self.time()}"
+            line = f"{name_of_task()} {self.outcome} {figures} chunks={self.chunks}"
+            log.log(level, "%s", line)
+            await self.end()
+        return self.response
+
+    async def speak(self) -> None:
+        """Writes the answer, or the apology if it fails, and response.end."""
+        outcome = "spoken"
+        try:
+            await self.say_all()
+        except GoneError:
+            raise
+        except BaseException as error:
+            # A reply that is cut off says nothing more, whatever its code raises.
+            if not is_cut_off():
+                outcome = f"failed: {cause(error)}"
+                await self.apologize(error)
+            elif self.agent.is_stopping:
+                outcome = "cut off by the stop"
+            else:
+                raise self.gone() from error
+        await self.write({"type": "response.end"})
+        self.outcome = outcome
+        self.turn.finished = not is_cut_off()
+
+    async def say_all(self) -> None:
+        """Writes the pieces of the answer the moment they come."""
+        patience = self.agent.patience
+        now = asyncio.get_running_loop().time
+        try:
+            # To the caller, a slow store and a silent model are the same.
+            async with asyncio.timeout(patience) as wait:
+                async with contextlib.aclosing(await self.begin()) as pieces:
+                    async for piece in pieces:
+                        if is_cut_off():
+                            raise asyncio.CancelledError
+                        await self.say(piece)
+                        # However many come at once, other callers are served between.
+                        await asyncio.sleep(0)
+                        wait.reschedule(now() + patience)
+        except TimeoutError as error:
+            if wait.expired():
+                raise LoggedError(f"nothing came for {patience:g} s") from error
+            raise
+        await self.write_words(self.plain.add("", is_end=True))
+        if not self.has_answered:
+            raise ModelError("nothing was said")
+
+    async def begin(self) -> Speech:
+        """Records what the webhook tells, and returns what is to be said.
+
+        It waits until the reply before this one is over. It records before the model is
+        asked, so that no word of the caller's gets lost. A webhook may be delivered
+        twice. If its turn is finished, or a later one has begun, the same words are
+        spoken again, without other events, and nothing changes. Otherwise the turn gets
+        a new answer, once the tools that it has called are over.
+        """
+        if self.earlier is not None:
+            cut_off(self.earlier)
+            await asyncio.wait([self.earlier])
+        if self.key in self.agent.tools_running:
+            await asyncio.wait([self.agent.tools_running[self.key]])
+        conversation, turn_id = self.key
+        turns = await self.agent.histories.load(conversation)
+        last = next(reversed(turns), None)
+        turn = turns.pop(turn_id, None)
+        if turn is not None:
+            if turn.finished or last != turn_id:
+                self.facts = {}
+                self.has_answered = True
+                return say_once(turn.spoken)
+            self.turn.done = turn.done
+        match self.event.get("interruption_context"):
+            case {"previous_turn_interrupted": True, **report}:
+                await self.record_report(report, turns)
+        await self.agent.histories.record(conversation, turn_id, **self.facts)
+        self.facts |= {"spoken": "", "finished": False}
+        earlier = [
+            one for one in turns.values() if one.user or one.done or one.answer()
+        ]
+        return self.speech([*earlier, self.turn][-MAX_TURNS:])
+
+    async def record_report(
+        self, report: dict[Any, Any], turns: dict[str, Turn]
+    ) -> None:
+        """Records what was heard of the turn that a report names, or of the latest."""
+        turn_id = report.get("assistant_turn_id") or next(reversed(turns), None)
+        facts: Event = {"heard": report.get("text_heard")}
+        if not isinstance(facts["heard"], str):
+            # Nobody knows how much was heard: what was written stands.
+            facts = {"finished": False}
+        if turn_id in turns:
+            turns[turn_id] = dataclasses.replace(turns[turn_id], **facts)
+            await self.agent.histories.record(self.key[0], turn_id, **facts)
+
+    def speech(self, history: list[Turn]) -> Speech:
+        """What greet() or reply() makes. Raises LoggedError for what is no Speech."""
+        method = self.agent.reply
+        if self.event["type"] != "message":
+            method = self.agent.greet
+            # Where the greeting is empty, the caller speaks first.
+            self.has_answered = True
+            if self.agent.gemini is not None:
+                # While the caller listens, a connection opens for the first reply.
+                self.agent.start(self.agent.gemini.warm_up(), name_of_task())
+        elif not self.turn.user:
+            return say_once(self.agent.apology)
+        self.place = f"{type(self.agent).__name__}.{method.__name__}()"
+        speech = method(self.event, history)
+        if inspect.iscoroutine(speech):
+            speech.close()
+        if not isinstance(speech, Stream):
+            raise LoggedError(f"{self.place} must be an async def that yields")
+        return speech
+
+    async def say(self, piece: str | Event) -> None:
+        """Writes one piece. Raises GoneError, and LoggedError for what is no piece."""
+        try:
+            if isinstance(piece, str):
+                await self.write_words(self.plain.add(piece))
+            elif piece["type"] == "response.tts":
+                await self.write_words(self.plain.add(piece["content"]))
+            else:
+                await self.write_words(self.plain.add("", is_end=True))
+                await self.write(piece)
+                self.has_answered = True
+        except (
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
+            kind = type(piece).__name__
+            what = f"{self.place} yields a {kind} that is no str and no event as JSON"
+            raise LoggedError(f"{what}: {error}") from None
+
+    async def write_words(self, words: str) -> None:
+        """Writes words, if there are any; they count as spoken. Raises GoneError."""
+        if words:
+            await self.write({"type": "response.tts", "content": words})
+            self.turn.spoken += words
+            self.chunks += 1
+        if words.strip():
+            self.has_answered = True
+            self.first_word = self.first_word or self.time()
+
+    async def write(self, event: Event) -> None:
+        """Writes a frame. Raises GoneError if Layercode does not take it."""
+        frame = json.dumps({**event, "turn_id": self.key[1]}, allow_nan=False)
+        try:
+            async with asyncio.timeout(WRITE_PATIENCE):
+                await self.response.write(f"data: {frame}\n\n".encode())
+        except ConnectionError:
+            raise self.gone() from None
+        except TimeoutError:
+            self.outcome = "interrupted: Layercode has stopped reading"
+            raise self.gone() from None
+
+    def gone(self) -> GoneError:
+        """Drops the connection, if it is still there; returns what to raise."""
+        if self.request.transport is not None:
+            self.request.transport.abort()
+        return GoneError()
+
+    async def apologize(self, error: BaseException) -> None:
+        """Says the apology, after what was said before the error."""
+        if isinstance(error, BlockedError):
+            # The model would be blocked again whenever it is shown this turn.
+            self.facts |= {"user": "", "heard": "", "done": []}
+        await self.write_words(self.plain.add("", is_end=True))
+        separator = " " if self.turn.spoken else ""
+        await self.write_words(separator + self.agent.apology)
+
+    async def end(self) -> None:
+        """Records what the history does not know yet, and lets the next reply begin."""
+        if self.earlier is not None:
+            # This one may have been cut off while it waited.
+            await asyncio.wait([self.earlier], timeout=RECORD_PATIENCE)
+        if "spoken" in self.facts:
+            self.facts |= {"spoken": self.turn.spoken, "finished": self.turn.finished}
+        await record(self.agent, self.key, self.facts)
+        if self.agent.replies.get(self.key[0]) is self.task:
+            del self.agent.replies[self.key[0]]
+
+    def time(self) -> str:
+        """The milliseconds since the webhook came."""
+        return f"{1000 * (time.monotonic() - self.started):.0f}ms"
+
+
+async def say_once(words: str) -> Speech:
+    """Yields the words."""
+    yield words
+
+
+async def record(agent: Agent, key: tuple[str, str], facts: Event) -> None:
+    """Records facts of a turn, if there are any; only the log tells if that fails."""
+    try:
+        async with asyncio.timeout(RECORD_PATIENCE):
+            if facts:
+                await agent.histories.record(*key, **facts)
+    except (Exception, SystemExit) as error:
+        log.error("%s is not recorded: %s", name_of_task(), cause(error))
+
+
+async def read_body(request: web.Request, limit: int) -> bytes:
+    """A request's body as it was sent. Raises HTTPException for one that is not taken."""
+    if "Content-Encoding" in request.headers:
+        raise web.HTTPUnsupportedMediaType(reason="a compressed body is not taken")
+    size = request.content_length or 0
+    if size > limit:
+        raise web.HTTPRequestEntityTooLarge(limit, size)
+    try:
+        async with asyncio.timeout(BODY_PATIENCE):
+            return await request.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(reason="the body does not end") from None
+    except web.RequestPayloadError:
+        raise web.HTTPBadRequest(reason="the body does not match its headers") from None
+
+
+def parse(body: bytes) -> Event:
+    """The JSON object in a body. Raises HTTPBadRequest if there is none."""
+    event: object = None
+    with contextlib.suppress(ValueError, RecursionError):
+        event = json.loads(body.decode(errors="replace"))
+        # JSON can spell half of a character, such as \ud83d, which nothing can encode.
+        event = json.loads(clean(json.dumps(event, ensure_ascii=False)))
+    if not isinstance(event, dict):
+        raise web.HTTPBadRequest(reason="the body is not a JSON object")
+    return event
+
+
+def clean(text: str) -> str:
+    """A text with a ? in the place of each half of a character."""
+    return text.encode(errors="replace").decode()
+
+
+def text_of(event: Event, name: str, older_name: str = "") -> str:
+    """The text under a name, or an older one. Raises HTTPBadRequest if there is none."""
+    value = event.get(name)
+    if value in (None, ""):
+        value = event.get(older_name)
+    if not isinstance(value, str) or not value:
+        raise web.HTTPBadRequest(reason=f"{name} is missing or not a text")
+    return value
+
+
+# ---- What is read aloud --------------------------------------------------------------
+
+# What would be read aloud, or not understood: Markdown's marks, and the mark of an
+# interruption, which models copy. Arithmetic stays: 2*3, 5 * 3, 2**3.
+MARKS = re.compile(
+    # At the start of a line: a heading, a quotation, a list.
+    r"(?<=\n)[ \t]*(?:#{1,6} |> ?|[-*+] )"
+    # A link, of which the text stays.
+    r"|\[(?i:interrupted)\]|\[(?P<text>[^\[\]\n]*)\]\([^()\s]*\)"
+    # Code, bold, emphasis.
+    r"|`+|(?<!\d)\*{2,}|\*{2,}(?!\d)|__+"
+    r"|(?<![\w*])[*_](?![\s*_])|(?<![\s*_])[*_](?![\w*])"
+)
+# An end of which only what follows tells whether it is a mark.
+OPEN_END = re.compile(
+    r"(?:(?<=\n)[ \t]*(?:#{1,6}|>|[-*+])?|[*_]+"
+    r"|\[[^\[\]\n]{0,200}(?:\](?:\([^()\s]{0,200})?)?)\Z"
+)
+
+
+class Plain:
+    """Takes the marks that are not to be read aloud out of words that come in pieces.
+
+    What can be spoken is given back at once; only an end that may be the beginning of a
+    mark waits for what follows.
+    """
+
+    # The last character that was taken: whether a mark begins depends on it.
+    before = "\n"
+    held = ""
+
+    def add(self, words: str, is_end: bool = False) -> str:
+        """Takes more words; returns what can be spoken now: at the end, all of it."""
+        text = self.before + self.held + clean(words)
+        end = OPEN_END.search(text, 1)
+        self.held = end[0] if end and not is_end else ""
+        text = text.removesuffix(self.held)
+        self.before = text[-1]
+        plain = ""
+        start = 1
+        for mark in MARKS.finditer(text, start):
+            plain += text[start : mark.start()] + (mark["text"] or "")
+            start = mark.end()
+        return plain + text[start:]
 
 
 # ---- The signature -------------------------------------------------------------------
@@ -409,130 +1038,114 @@ def sign(body: bytes, secret: str, timestamp: str = "") -> str:
 def verify(header: str, body: bytes, secret: str) -> bool:
     """Whether the header signs the body, and did so within TOLERANCE seconds.
 
-    The body is the bytes as they were received: the same JSON, parsed and
-    written again, may have other bytes. Of several v1 signatures, which there
-    are while a secret is being rotated, one must be right.
+    The body is the bytes as they were received: the same JSON, parsed and written again,
+    may have other bytes. While a secret is being rotated, there are several v1
+    signatures, of which one must be right.
     """
-    timestamp = ""
-    signatures = []
-    for part in header.split(","):
-        name, _, value = part.partition("=")
-        if name == "t":
-            timestamp = value
-        if name == "v1":
-            signatures.append(value)
-    # One of hundreds of digits could not be compared with the clock.
-    is_number = timestamp.isascii() and timestamp.isdecimal() and len(timestamp) < 20
-    if not is_number or abs(time.time() - int(timestamp)) > TOLERANCE:
-        return False
-    expected = sign(body, secret, timestamp).encode()
-    for signature in signatures:
-        # Bytes: compare_digest() refuses to compare a text that is not ASCII.
-        given = f"t={timestamp},v1={signature}".encode(errors="replace")
-        if hmac.compare_digest(expected, given):
+    timestamp = signed_at(header)
+    # Bytes: compare_digest() refuses to compare a text that is not ASCII.
+    right = sign(body, secret, timestamp).encode()
+    for signature in header.split(","):
+        given = f"t={timestamp},{signature}".encode(errors="replace")
+        if timestamp and hmac.compare_digest(right, given):
             return True
     return False
 
 
-# ---- Asking a model ------------------------------------------------------------------
+def signed_at(header: str) -> str:
+    """The t of a signature, as it stands there; empty if it is not about now."""
+    found = re.search(r"(?:^|,)t=([0-9]{1,15})(?:,|$)", header)
+    if found is None or abs(time.time() - int(found[1])) > TOLERANCE:
+        return ""
+    return found[1]
 
 
-class ModelError(Exception):
-    """The model did not answer as it should; the message may be logged.
+# ---- Asking Gemini -------------------------------------------------------------------
 
-    If it is final, asking again would not help.
-    """
+
+class LoggedError(Exception):
+    """What went wrong, in words that hold no secret and nothing that a caller said."""
+
+
+class ModelError(LoggedError):
+    """The model did not answer as it should. If it is final, asking again is no use."""
 
     def __init__(self, message: str, final: bool = False) -> None:
         super().__init__(message)
         self.final = final
 
 
-class Ask(Generic[Piece]):
-    """One request to a model, which a task of its own reads up to the first word."""
-
-    def __init__(
-        self, pieces: AsyncGenerator[Piece, None], has_words: Callable[[Piece], bool]
-    ) -> None:
-        self.pieces = pieces
-        self.has_words = has_words
-        self.opening = asyncio.create_task(self._read_opening())
-
-    async def _read_opening(self) -> list[Piece]:
-        """The pieces up to the first that has words."""
-        opening = []
-        async for piece in self.pieces:
-            opening.append(piece)
-            if self.has_words(piece):
-                return opening
-        raise ModelError("no words")
-
-    def why_again(self) -> str:
-        """Why the model should be asked again now; empty if it should not."""
-        if not self.opening.done():
-            return f"no word in {ASK_AGAIN_AFTER} s"
-        error = self.opening.exception()
-        if error is None or (isinstance(error, ModelError) and error.final):
-            return ""
-        return cause(error)
-
-    async def close(self) -> None:
-        """Ends the request, wherever it is."""
-        self.opening.cancel()
-        await asyncio.gather(self.opening, return_exceptions=True)
-        await self.pieces.aclose()
+class BlockedError(ModelError):
+    """The model refuses the prompt, and would whenever it is shown this turn."""
 
 
 async def ask_twice(
-    ask: Callable[[], AsyncGenerator[Piece, None]],
-    has_words: Callable[[Piece], bool],
-    turn: Turn,
-) -> AsyncGenerator[Piece, None]:
+    ask: Callable[[], Stream[T, None]],
+    has_words: Callable[[T], bool],
+    ask_again_after: float,
+) -> Stream[T, None]:
     """Yields what ask() yields, and calls ask() once more if no word has come.
 
-    That is after ASK_AGAIN_AFTER seconds without a piece that has_words(), or at
-    once when the first request fails. The two then race, so that a model that
-    is always slow is not made slower, and the loser is cancelled. After the
-    first word, nothing is asked again. turn.remark tells the log why the model
-    was asked twice. If neither request speaks, raises the error of the one
-    that failed last.
+    That is after ask_again_after seconds without a piece that has_words(), or at once
+    when the first request fails. The two then race, so that a model that is always slow
+    is not made slower; the first to speak wins, and the other one is cancelled. If
+    neither speaks, raises the error of the one that failed last.
     """
-    asks = [Ask(ask(), has_words)]
+    requests = []
+
+    async def first() -> tuple[list[T], Stream[T, None]]:
+        request = ask()
+        requests.append(request)
+        opening = []
+        async for piece in request:
+            opening.append(piece)
+            if has_words(piece):
+                return opening, request
+            # However many have no words, other callers are served in between.
+            await asyncio.sleep(0)
+        raise ModelError("no words")
+
+    async def second() -> tuple[list[T], Stream[T, None]]:
+        await asyncio.wait([tasks[0]], timeout=ask_again_after)
+        why = f"no word in {ask_again_after:g} s"
+        if tasks[0].done():
+            error = tasks[0].exception()
+            if error is None or (isinstance(error, ModelError) and error.final):
+                return await tasks[0]
+            why = cause(error)
+        log.info("%s asks the model twice: %s", name, why)
+        return await first()
+
+    name = name_of_task()
+    tasks = [asyncio.create_task(first())]
+    tasks.append(asyncio.create_task(second()))
     try:
-        await asyncio.wait([asks[0].opening], timeout=ASK_AGAIN_AFTER)
-        why = asks[0].why_again()
-        if why:
-            turn.remark = f"asked twice: {why}"
-            asks.append(Ask(ask(), has_words))
-        winner = await first_to_speak(asks)
-        for one in asks:
-            if one is not winner:
-                one.opening.cancel()
-        for piece in winner.opening.result():
+        opening, request = await first_to_succeed(tasks)
+        for piece in opening:
             yield piece
-        async for piece in winner.pieces:
+        async for piece in request:
             yield piece
     finally:
-        # All of them first, because this may itself be cancelled while it
-        # waits.
-        for one in asks:
-            one.opening.cancel()
-        for one in asks:
-            await one.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for request in requests:
+            await request.aclose()
 
 
-async def first_to_speak(asks: list[Ask[Piece]]) -> Ask[Piece]:
-    """The request whose first word comes first. Raises the last error if none has."""
-    waiting = {one.opening: one for one in asks}
-    while True:
-        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        for opening in done:
-            one = waiting.pop(opening)
-            error = opening.exception()
-            if error is None:
-                return one
-            if not waiting:
-                raise error
+async def first_to_succeed(tasks: list[asyncio.Task[T]]) -> T:
+    """The first result; cancels the rest. Raises the last error if there is none."""
+    failure = Exception()
+    for next_one in asyncio.as_completed(tasks):
+        try:
+            result = await next_one
+        except Exception as error:
+            failure = error
+        else:
+            for task in tasks:
+                task.cancel()
+            return result
+    raise failure
 
 
 class Gemini:
@@ -543,944 +1156,367 @@ class Gemini:
         from google import genai
         from google.genai.types import HttpOptions, HttpRetryOptions
 
-        options = HttpOptions(
-            aiohttp_client=http,
-            # Left alone, it sleeps for seconds and asks again: see
-            # ask_twice().
-            retry_options=HttpRetryOptions(attempts=1),
-        )
+        # Left alone, it sleeps for seconds and asks again: see ask_twice().
+        retry = HttpRetryOptions(attempts=1)
+        options = HttpOptions(aiohttp_client=http, retry_options=retry)
         key = settings.google_generative_ai_api_key
-        client = genai.Client(api_key=key, http_options=options)
-        self.settings = settings
+        # Left alone, GOOGLE_GENAI_USE_VERTEXAI would send the key elsewhere.
+        client = genai.Client(vertexai=False, api_key=key, http_options=options)
         self.models = client.aio.models
-        self.warming_up: asyncio.Task[None] | None = None
+        self.model = settings.gemini_model.removeprefix("models/")
+        self.thinking = settings.gemini_thinking
 
-    def warm_up(self) -> None:
-        """Connects in the background, unless that is already going on."""
-        if self.warming_up is None or self.warming_up.done():
-            self.warming_up = asyncio.create_task(self._connect())
-
-    async def _connect(self) -> None:
-        from google.genai.errors import APIError
-
+    async def warm_up(self) -> None:
+        """Connects ahead of a question; the log tells if Gemini would refuse it."""
         try:
             async with asyncio.timeout(WARM_UP_PATIENCE):
-                await self.models.get(model=self.settings.gemini_model)
-        except APIError as error:
-            explained = self._explain(error)
-            if explained.final:
-                log.warning("Gemini will refuse to answer: %s", explained)
+                await self.models.get(model=self.model)
         except Exception as error:
-            log.debug("no connection to Gemini ahead of a call: %s", cause(error))
+            told = self.explain(error)
+            if isinstance(told, ModelError) and told.final:
+                log.warning("Gemini will refuse to answer: %s", told)
 
-    async def close(self) -> None:
-        """Ends what goes on in the background."""
-        if self.warming_up is not None:
-            self.warming_up.cancel()
-            await asyncio.gather(self.warming_up, return_exceptions=True)
-
-    async def ask(
-        self, said: list[Event], instruction: str, config: GenerateContentConfigDict
-    ) -> AsyncGenerator[GenerateContentResponse, None]:
-        """Asks once and yields Gemini's chunks, up to the one with the finish reason.
-
-        Raises ModelError for an answer that is blocked or incomplete, and for
-        Gemini's own errors; aiohttp's errors pass.
-        """
-        from google.genai.errors import APIError
-
-        request = self._request(said, instruction, config)
-        model = self.settings.gemini_model
-        finished = False
-        count = 0
-        try:
-            # The contents are in the config: see _request().
-            chunks = await self.models.generate_content_stream(
-                model=model, contents={}, config=request
-            )
-            try:
-                async for chunk in chunks:
-                    finished = is_last(chunk)
-                    yield chunk
-                    if finished:
-                        return
-                    count += 1
-                    if count % BURST == 0:
-                        await asyncio.sleep(0)
-            finally:
-                await let_go(chunks, STREAM_END_PATIENCE if finished else 0)
-        except APIError as error:
-            raise self._explain(error) from error
-        raise ModelError("the answer broke off without a finish reason")
-
-    def _request(
-        self, said: list[Event], instruction: str, config: GenerateContentConfigDict
-    ) -> GenerateContentConfigDict:
-        # Every caller waits while google-genai builds contents: 0.25 ms a
-        # message. An extra_body is only merged, 40 turns in 1.5 ms; its
-        # contents replace the empty ones.
+    def request(self, said: list[Event], instruction: str, config: Config) -> Config:
+        """A request, as google-genai's config; what `config` says goes first."""
+        # Every caller waits while google-genai builds contents: 0.25 ms a message. An
+        # extra_body is only merged, 40 turns in 1.5 ms, over the empty contents.
         body: Event = {"contents": said}
         if "system_instruction" not in config:
             body["systemInstruction"] = {"parts": [{"text": instruction}]}
-        request: GenerateContentConfigDict = {
-            "automatic_function_calling": {"disable": True}
-        }
-        thinking = self.settings.gemini_thinking
-        if thinking in THINKING_LEVELS:
-            from google.genai.types import ThinkingLevel
+        options = config.get("http_options") or {}
+        body |= options.get("extra_body") or {}
+        request: Config = {}
+        if self.thinking:
+            is_budget = self.thinking.lstrip("-").isdecimal()
+            name = "thinking_budget" if is_budget else "thinking_level"
+            thinking: Any = {name: self.thinking.upper()}
+            request["thinking_config"] = thinking
+        request |= config
+        request["http_options"] = {**options, "extra_body": body}
+        # It would ask with the same contents again, and call a function twice.
+        request["automatic_function_calling"] = {"disable": True}
+        return request
 
-            request["thinking_config"] = {"thinking_level": ThinkingLevel(thinking)}
-        elif thinking:
-            request["thinking_config"] = {"thinking_budget": int(thinking)}
-        options: HttpOptionsDict = config.get("http_options") or {}
-        body.update(options.get("extra_body") or {})
-        return {**request, **config, "http_options": {**options, "extra_body": body}}
+    async def ask(self, request: Config) -> Stream[Chunk, None]:
+        """Asks once and yields Gemini's chunks, up to the end of the answer.
 
-    def _explain(self, error: APIError) -> ModelError:
-        """What the log may say of Gemini's error: its code and status, no message."""
+        What follows the finish reason within STREAM_END_PATIENCE belongs to the answer.
+        Raises ModelError for one that is blocked or incomplete, and for Gemini's own
+        errors; aiohttp's errors pass.
+        """
+        stream = self.models.generate_content_stream
+        is_over = False
+        try:
+            # The contents are in the request.
+            chunks = await stream(model=self.model, contents={}, config=request)
+            try:
+                while True:
+                    async with asyncio.timeout(
+                        STREAM_END_PATIENCE if is_over else None
+                    ):
+                        chunk = await anext(chunks, None)
+                    if chunk is None:
+                        break
+                    is_over = is_last(chunk) or is_over
+                    yield chunk
+            finally:
+                await let_go(chunks)
+        except Exception as error:
+            if not (is_over and isinstance(error, TimeoutError)):
+                raise self.explain(error) from None
+        if not is_over:
+            raise ModelError("the answer broke off without a finish reason")
+
+    def explain(self, error: Exception) -> Exception:
+        """An error of Gemini's as the log may tell it: no message, but what to do."""
+        from google.genai.errors import APIError
+
+        if not isinstance(error, APIError):
+            return error
         told = f"{type(error).__name__} {error.code} {error.status}"
-        if "API_KEY_INVALID" in str(error.details):
-            told += " API_KEY_INVALID"
-        elif error.code == 400 and "thinking" in str(error.message).lower():
-            told += f": does GEMINI_THINKING={self.settings.gemini_thinking} suit "
-            told += f"GEMINI_MODEL={self.settings.gemini_model}?"
-        elif error.code == 404:
-            told += f": is GEMINI_MODEL={self.settings.gemini_model} right?"
+        model = f"GEMINI_MODEL={self.model}"
+        hints = {
+            "'code': 404": f"is {model} right?",
+            "API_KEY_INVALID": "is GOOGLE_GENERATIVE_AI_API_KEY right?",
+            "ocation is not supported": "Gemini is not offered where this server runs",
+            "nstruction is not enabled": f"{model} takes no persona: choose another",
+            "hinking": f"does GEMINI_THINKING={self.thinking} suit {model}?",
+        }
+        advice = [hint for words, hint in hints.items() if words in str(error.details)]
+        told = ": ".join([told, *advice[:1]])
         return ModelError(told, final=error.code in (400, 401, 403, 404, 429))
 
 
-def is_last(chunk: GenerateContentResponse) -> bool:
+def is_last(chunk: Chunk) -> bool:
     """Whether a chunk ends the answer as it should. Raises ModelError if not so."""
     feedback = chunk.prompt_feedback
     if feedback and feedback.block_reason:
-        raise ModelError(f"Gemini blocked the prompt: {feedback.block_reason.name}")
-    if not chunk.candidates or not chunk.candidates[0].finish_reason:
-        return False
-    reason = chunk.candidates[0].finish_reason.name
-    if reason not in ("STOP", "MAX_TOKENS"):
-        raise ModelError(f"Gemini ended the answer: {reason}")
-    return True
+        raise BlockedError(f"Gemini blocked the prompt: {feedback.block_reason}", True)
+    reason = chunk.candidates[0].finish_reason if chunk.candidates else None
+    if reason and reason.name not in ("STOP", "MAX_TOKENS"):
+        raise ModelError(f"Gemini ended the answer: {reason.name}")
+    return reason is not None
 
 
-async def let_go(chunks: AsyncIterator[GenerateContentResponse], wait: float) -> None:
-    """Makes google-genai release the connection of a stream, within `wait` seconds.
+async def let_go(chunks: AsyncIterator[Chunk]) -> None:
+    """Makes google-genai release the connection of a stream, wherever it is.
 
-    A stream that is read to its end leaves its connection to the next
-    question, and one that is cancelled while it is read closes it. With 0
-    seconds the read is cancelled at once. A stream that is only closed keeps
-    its connection until the garbage collector comes: googleapis/python-genai,
-    issue 2425.
+    One that is only closed keeps it until the garbage collector comes; one that is
+    cancelled while it is read closes it at once: googleapis/python-genai, issue 2425.
     """
-    over = time.monotonic() + wait
     with contextlib.suppress(Exception):
         while True:
-            async with asyncio.timeout(max(0, over - time.monotonic())):
+            async with asyncio.timeout(0):
                 await anext(chunks)
             # What has come is only parsed: that, too, makes other callers wait.
             await asyncio.sleep(0)
 
 
-def speaks(chunk: GenerateContentResponse) -> bool:
-    """Whether a chunk has words, or asks for a tool."""
-    return bool(chunk.function_calls or plain(chunk.text).strip())
+def speaks(chunk: Chunk) -> bool:
+    """Whether a chunk has words, or calls a tool."""
+    has_call = any(part.function_call for part in chunk.parts or [])
+    return has_call or has_letters("".join(spoken_in(chunk)))
 
 
-def plain(words: str | None) -> str:
-    """Words without the asterisks and backticks that would be read aloud."""
-    return (words or "").replace("*", "").replace("`", "")
+def spoken_in(chunk: Chunk) -> list[str]:
+    """The words in a chunk's parts; there are none in a thought."""
+    parts = chunk.parts or []
+    return [part.text for part in parts if part.text and not part.thought]
 
 
-async def stand_in(history: list[Turn]) -> AsyncGenerator[str, None]:
+def has_letters(words: str) -> bool:
+    """Whether there is anything to read aloud, beside marks."""
+    return any(letter.isalnum() for letter in words)
+
+
+async def stand_in(history: list[Turn]) -> Speech:
     """What is said where there is no model: the last three turns, newest first."""
-    said = [turn.user for turn in history if turn.user]
-    recalled = "' and before that '".join(reversed(said[-3:]))
-    words = (
-        f"I'm the offline stand-in. You said '{recalled}'. "
-        "Set GOOGLE_GENERATIVE_AI_API_KEY for Gemini."
-    )
+    said = [turn.user for turn in history if turn.user][-3:]
+    recalled = "' and before that '".join(reversed(said))
+    words = f"I'm the offline stand-in. You said '{recalled}'. "
+    words += "Set GOOGLE_GENERATIVE_AI_API_KEY for Gemini."
     for word in words.split():
         yield word + " "
         # Slowly enough for a person to interrupt.
         await asyncio.sleep(0.1)
 
 
-# ---- The agent: make it yours --------------------------------------------------------
+# ---- Tools ---------------------------------------------------------------------------
+
+# What Gemini is told of tools that have not ended.
+HAS_BEGUN = {"output": "It has begun, and may go on. Do not call it again unasked."}
+TAKES_LONG = {"error": "It takes too long. It may still be done."}
 
 
-class Agent:
-    """A voice agent. Make it yours in a subclass: override its words and its methods.
+class Answer:
+    """Gemini's answer to a turn, with the tools that it calls on the way.
 
-    `settings` and `histories` are what it was made with. While it serves,
-    `http` is an aiohttp session for your own requests, and `gemini` is set if
-    there is a key.
+    How a tool is called once: its call is recorded before it begins, and it runs in a
+    task of its own, which a hang-up does not end. A webhook that is delivered again
+    waits for that task, and Gemini is shown what it gave.
     """
 
-    persona = "You're a friendly voice assistant on a call."
-    voice_rules = (
-        "Your words are read aloud: write plain spoken sentences, no Markdown, lists, "
-        "emoji or symbols; spell out numbers, dates and units; use contractions; "
-        "always punctuate. One or two sentences will do unless asked for more. "
-        "[interrupted] marks where the caller stopped hearing you; never write it."
-    )
-    greeting = "Hi there! How can I help you today?"
-    welcome_back = "Welcome back! Where were we?"
-    # For what cannot be understood, and for what fails.
-    apology = "Sorry, I didn't get that. Could you say it again?"
+    def __init__(self, agent: Agent, event: Event, history: list[Turn]) -> None:
+        self.agent = agent
+        self.key = (event["conversation_id"], event["turn_id"])
+        self.history = history
+        self.tools = {tool.__name__: tool for tool in agent.tools(event)}
+        # Whether words were said, or an event of a tool's was sent.
+        self.has_answered = False
+        self.hang_ups: list[Event] = []
 
-    http: aiohttp.ClientSession
+    async def speak(self) -> Speech:
+        """Yields the words of the answer, and what the tools have for the page."""
+        is_filled = False
+        for rounds_left in reversed(range(MAX_ROUNDS + 1)):
+            parts: list[Event] = []
+            words = ""
+            # Words before a call and nothing after it are an answer.
+            has_words = is_anything if self.has_answered else speaks
+            chunks = self.agent.ask(self.history, self.config(rounds_left), has_words)
+            async with contextlib.aclosing(chunks):
+                async for chunk in chunks:
+                    parts += [as_sent(part) for part in chunk.parts or []]
+                    for text in spoken_in(chunk):
+                        words += text
+                        yield text
+            self.has_answered = self.has_answered or has_letters(words)
+            calls = [part["functionCall"] for part in parts if "functionCall" in part]
+            # Words beside a call to hang up are the goodbye.
+            if not calls or not rounds_left:
+                break
+            for call in calls:
+                yield state_of(call, "running")
+            running = self.agent.start(self.run(parts, calls), name_of_task())
+            self.agent.tools_running[self.key] = running
+            running.add_done_callback(lambda _: self.agent.tools_running.pop(self.key))
+            if not (self.has_answered or is_filled):
+                await asyncio.wait([running], timeout=FILLER_AFTER)
+                is_filled = not running.done()
+                yield f"{self.agent.filler} " if is_filled else ""
+            # If the caller interrupts here, the tools go on.
+            for call, result in zip(calls, await asyncio.shield(running), strict=True):
+                for event in self.events_of(call, result):
+                    yield event
+            # Between the words before and after the tools.
+            yield " " if words else ""
+        for hang_up in self.hang_ups[:1]:
+            yield hang_up
 
-    def __init__(
-        self, settings: Settings | None = None, histories: Histories | None = None
-    ) -> None:
-        self.settings = Settings.load() if settings is None else settings
-        self.histories = Histories() if histories is None else histories
-        self.gemini: Gemini | None = None
+    def config(self, rounds_left: int) -> Config:
+        """What google-genai is told of the tools. Raises LoggedError for a wrong one."""
+        from google.genai.types import FunctionCallingConfigMode as Mode
 
-    async def greet(self, event: Event, history: list[Turn]) -> Speech:
-        """Yields what is said when a call begins.
+        if not self.tools:
+            return {}
+        declared = [declare(tool) for tool in self.tools.values()]
+        mode = Mode.AUTO if rounds_left else Mode.NONE
+        return {
+            "tools": [{"function_declarations": declared}],
+            "tool_config": {"function_calling_config": {"mode": mode}},
+        }
 
-        `event` is the webhook, with your custom_metadata, the page's metadata,
-        or the caller's from_phone_number. `history` ends with a turn in which
-        the caller has said nothing yet.
-        """
-        yield self.greeting if len(history) == 1 else self.welcome_back
+    def events_of(self, call: Event, result: Event) -> list[Event]:
+        """What the page gets of a call that is over; a hang-up waits for the last word."""
+        events = [state_of(call, "failed" if "error" in result else "done")]
+        match result.get("output"):
+            case {"type": "response.hangup"}:
+                self.hang_ups.append(result["output"])
+            case {"type": "response.data" | "response.tts"}:
+                events.append(result["output"])
+            case _:
+                return events
+        self.has_answered = True
+        return events
 
-    async def reply(self, event: Event, history: list[Turn]) -> Speech:
-        """Yields the answer to the last turn of the history, piece by piece.
+    async def run(self, parts: list[Event], calls: list[Event]) -> list[Event]:
+        """Runs tools to their end, with a record before and after; returns results."""
+        turn = self.history[-1]
+        before = [*turn.done, {"role": "model", "parts": parts}]
 
-        A str is spoken the moment it is yielded; a dict is an event for
-        Layercode, such as {"type": "response.data", "content": ...} for the
-        page. It is cancelled when the caller interrupts, so let CancelledError
-        pass. If it raises anything else, or yields nothing for PATIENCE
-        seconds, the caller hears the apology.
-        """
-        if self.gemini is None:
-            async for word in stand_in(history):
-                yield word
-            return
-        async with contextlib.aclosing(self.ask(history)) as chunks:
-            async for chunk in chunks:
-                words = plain(chunk.text)
-                if words:
-                    yield words
+        async def tell(results: list[Event]) -> None:
+            told = []
+            for call, result in zip(calls, results, strict=True):
+                # With the name, and the id if there is one.
+                response = {**call, "response": result}
+                response.pop("args", None)
+                told.append({"functionResponse": response})
+            turn.done = [*before, {"role": "user", "parts": told}]
+            await record(self.agent, self.key, {"done": turn.done})
 
-    async def notice(self, event: Event) -> Event | None:
-        """Takes a webhook that asks for no speech; returns the answer, if there is one.
+        await tell([HAS_BEGUN] * len(calls))
+        tasks = [asyncio.create_task(self.call(call)) for call in calls]
+        await asyncio.wait(tasks, timeout=TOOL_PATIENCE)
+        results = [task.result() if task.done() else TAKES_LONG for task in tasks]
+        for task in tasks:
+            task.cancel()
+        await tell(results)
+        return results
 
-        That is `data`, `session.update`, `session.end`, a `session.start`
-        without a turn_id, or a type that is not known yet. An answer of type
-        response.data is delivered to the page. Layercode may deliver a webhook
-        twice.
-        """
-        return None
+    async def call(self, call: Event) -> Event:
+        """What a tool gives: an output, or an error. It raises nothing."""
+        import pydantic
+        from pydantic_core import to_json
 
-    async def admit(self, request: web.Request) -> Event:
-        """Decides who may start a call; returns what Layercode is told about them.
-
-        That may be custom_metadata, which comes with every webhook of the
-        session, custom_headers, or config. Visitors cannot set these three.
-        What the page sent, `await request.json()`, is the visitor's own words,
-        and so are `metadata` and `conversation_id` in it. Raise
-        web.HTTPForbidden(reason="...") to refuse.
-        """
-        return {}
-
-    def instruction(self) -> str:
-        """What the model is told before the conversation."""
-        return f"{self.persona}\n{self.voice_rules}"
-
-    def ask(
-        self, history: list[Turn], config: GenerateContentConfigDict | None = None
-    ) -> AsyncGenerator[GenerateContentResponse, None]:
-        """Returns Gemini's answer to the last turn, as google-genai's chunks.
-
-        `config` is google-genai's; what it says goes before the defaults here.
-        If no word comes, Gemini is asked once more: see ask_twice(). Use the
-        chunks with contextlib.aclosing(), as reply() does, so that an
-        interruption ends them. Raises ModelError, aiohttp's errors, and
-        RuntimeError without a key.
-        """
-        gemini = self.gemini
-        if gemini is None:
-            raise RuntimeError("GOOGLE_GENERATIVE_AI_API_KEY is not set")
-        said = contents(history)
-        instruction = self.instruction()
-
-        def ask_once() -> AsyncGenerator[GenerateContentResponse, None]:
-            return gemini.ask(said, instruction, config or {})
-
-        return ask_twice(ask_once, speaks, history[-1])
-
-    @contextlib.asynccontextmanager
-    async def connected(self) -> AsyncIterator[None]:
-        """Opens `http` and `gemini`. make_app() uses it; so may a test."""
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=300)
-        # Cookies for one visitor must not reach the next.
-        no_cookies = aiohttp.DummyCookieJar()
-        async with aiohttp.ClientSession(
-            connector=connector, cookie_jar=no_cookies
-        ) as self.http:
-            if self.settings.google_generative_ai_api_key:
-                self.gemini = Gemini(self.settings, self.http)
-                self.gemini.warm_up()
-            try:
-                yield
-            finally:
-                if self.gemini is not None:
-                    await self.gemini.close()
-
-    def make_app(self) -> web.Application:
-        """The aiohttp application, to run, or to mount in one of your own.
-
-        A runner of your own needs RUNNER_OPTIONS.
-        """
-        webhook = Webhook(self)
-        pages = Pages(self)
-        app = web.Application(middlewares=[pages.guard], client_max_size=MAX_BODY)
-        app.add_routes(
-            [
-                web.get("/", say_up),
-                web.post("/agent", webhook.receive),
-                web.post("/api/agent", webhook.receive),
-                web.options("/authorize", say_up),
-                web.options("/api/authorize", say_up),
-                web.post("/authorize", pages.authorize),
-                web.post("/api/authorize", pages.authorize),
-            ]
-        )
-
-        async def connections(app: web.Application) -> AsyncIterator[None]:
-            async with self.connected():
-                yield
-
-        app.cleanup_ctx.append(connections)
-        app.on_shutdown.append(webhook.stop)
-        return app
-
-
-# ---- The server ----------------------------------------------------------------------
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-# Makes the answer that a Reply speaks.
-Begin = Callable[["Reply"], Awaitable[Speech]]
-
-
-class Reply:
-    """An answer on its way to Layercode: what was written, and how long it took."""
-
-    def __init__(self, request: web.Request, event: Event) -> None:
-        self.request = request
-        self.event = event
-        self.conversation = conversation_of(event)
-        self.turn_id = text_of(event, "turn_id")
-        # As reply() gets it. What becomes of the answer is kept below, until
-        # it is recorded.
-        self.turn = Turn(user=words_of(event))
-        self.response = web.StreamResponse(
-            headers={
-                "Content-Type": "text/event-stream",
-                "Cache-Control": "no-cache, no-transform",
-                # Keeps nginx from holding the stream back.
-                "X-Accel-Buffering": "no",
+        name = name_in(call)
+        try:
+            if name not in self.tools:
+                raise LoggedError(
+                    f"no tool: there are {', '.join(self.tools) or 'none'}"
+                )
+            tool = pydantic.validate_call(self.tools[name])
+            arguments = call.get("args") or {}
+            if inspect.iscoroutinefunction(self.tools[name]):
+                output = await tool(**arguments)
+            else:
+                output = await in_thread(lambda: tool(**arguments))
+            return {
+                "output": json.loads(to_json(output, fallback=str, inf_nan_mode="null"))
             }
-        )
-        self.task = asyncio.current_task()
-        self.over = asyncio.Event()
-        self.patience: asyncio.Timeout | None = None
-        self.stopped = False
-        self.spoken = ""
-        self.finished = False
-        # Whether it ends the call.
-        self.hangs_up = False
-        # Whether it only repeats what is recorded, which may be nothing.
-        self.again = False
-        self.outcome = "interrupted"
-        self.log_level = logging.INFO
-        self.chunks = 0
-        self.started = time.monotonic()
-        self.first_word: float | None = None
-
-    async def speak(self, begin: Begin, apology: str) -> None:
-        """Writes the answer that begin() returns, or the apology if that fails."""
-        # If the connection is gone, the apology cannot be written either.
-        with contextlib.suppress(ConnectionResetError):
-            await self.response.prepare(self.request)
-            cut_off = False
-            try:
-                await self._say_all(begin)
-                outcome = "spoken again" if self.again else "spoken"
-            except Exception as error:
-                cut_off = self.stopped
-                if cut_off:
-                    outcome = "cut off by the stop"
-                else:
-                    outcome = f"failed: {self._why(error)}"
-                    await self._apologize(apology, error)
-            await self.say({"type": "response.end"})
-            self.outcome = outcome
-            self.finished = not cut_off
-
-    async def _say_all(self, begin: Begin) -> None:
-        """Writes the pieces of the answer the moment they come."""
-        loop = asyncio.get_running_loop()
-        # An attribute, because stop() ends the answer by ending the timeout.
-        async with asyncio.timeout(PATIENCE) as self.patience:
-            # begin() is within it, because it may have to wait for a store.
-            async with contextlib.aclosing(await begin(self)) as pieces:
-                async for piece in pieces:
-                    await self.say(piece)
-                    if not self.stopped:
-                        self.patience.reschedule(loop.time() + PATIENCE)
-        if not (self.spoken.strip() or self.hangs_up or self.again):
-            raise ModelError("no words")
-
-    async def _apologize(self, apology: str, error: Exception) -> None:
-        """Says the apology, after what was said before the error."""
-        log_stack(error)
-        separator = " " if self.spoken else ""
-        await self.say(separator + apology)
-        self.log_level = logging.WARNING
-
-    async def say(self, piece: str | Event) -> None:
-        """Writes one piece as a frame. What is written counts as spoken.
-
-        Raises ConnectionResetError if Layercode has gone, or has stopped
-        reading.
-        """
-        if isinstance(piece, str):
-            piece = {"type": "response.tts", "content": piece}
-        frame = {**piece, "turn_id": self.turn_id}
-        words = clean(words_of_frame(piece))
-        if words:
-            frame["content"] = words
-        try:
-            async with asyncio.timeout(WRITE_PATIENCE):
-                await self.response.write(f"data: {json.dumps(frame)}\n\n".encode())
-        except TimeoutError:
-            self.outcome = "interrupted: Layercode has stopped reading"
-            if self.request.transport is not None:
-                self.request.transport.abort()
-            raise ConnectionResetError("Layercode has stopped reading") from None
-        self.spoken += words
-        if words:
-            self.chunks += 1
-        if words.strip() and self.first_word is None:
-            self.first_word = time.monotonic()
-        if piece.get("type") == "response.hangup":
-            self.hangs_up = True
-        # However many pieces come at once, other callers are served in
-        # between.
-        await asyncio.sleep(0)
-
-    def stop(self) -> None:
-        """Ends the answer where it is, as one that was cut off."""
-        self.stopped = True
-        # If the timeout is already over, there is nothing to cut.
-        with contextlib.suppress(RuntimeError):
-            if self.patience is not None:
-                self.patience.reschedule(asyncio.get_running_loop().time())
-
-    def _why(self, error: Exception) -> str:
-        """Why the answer failed, for the log."""
-        if self.patience is not None and self.patience.expired():
-            return f"TimeoutError: nothing came for {PATIENCE:g} s"
-        return cause(error)
-
-    def write_log(self) -> None:
-        """Writes the log line of the turn: how it went, and its figures."""
-        first_word = "none"
-        if self.first_word is not None:
-            first_word = f"{1000 * (self.first_word - self.started):.0f}ms"
-        total = f"{1000 * (time.monotonic() - self.started):.0f}ms"
-        line = f"conversation={self.conversation!r} turn={self.turn_id!r} "
-        line += f"{self.outcome} first_word={first_word} total={total} "
-        line += f"chunks={self.chunks}"
-        if self.turn.remark:
-            line += f" ({self.turn.remark})"
-        log.log(self.log_level, "%s", line)
+        except BaseException as error:
+            # Even SystemExit, which would end the server.
+            why = f"nothing for {TOOL_PATIENCE:g} s" if is_cut_off() else cause(error)
+            log.warning("tool %.60r failed: %s", name, why)
+            return {"error": clean(f"{type(error).__name__}: {error}")}
 
 
-class Webhook:
-    """Answers Layercode's webhooks for an agent: a turn with speech, or a notice."""
-
-    def __init__(self, agent: Agent) -> None:
-        self.agent = agent
-        # The replies that are not over.
-        self.replies: set[Reply] = set()
-        # By conversation, the reply that is being spoken.
-        self.speaking: dict[str, Reply] = {}
-        agent.histories.being_answered = self.speaking
-        # Tasks that asyncio itself would let go of before they are done.
-        self.working: set[asyncio.Task[None]] = set()
-
-    async def receive(self, request: web.Request) -> web.StreamResponse:
-        """Answers a webhook: with speech, or with what notice() gives."""
-        body = await read_body(request)
-        secret = self.agent.settings.layercode_webhook_secret
-        if not secret:
-            raise web.HTTPInternalServerError(
-                reason="LAYERCODE_WEBHOOK_SECRET is not set"
-            )
-        signature = request.headers.get("layercode-signature", "")
-        if not signature:
-            raise web.HTTPUnauthorized(
-                reason="the header layercode-signature is missing"
-            )
-        if not verify(signature, body, secret):
-            raise web.HTTPUnauthorized(
-                reason="wrong signature: is LAYERCODE_WEBHOOK_SECRET this agent's, "
-                "and the clock right?"
-            )
-        event = parse(body)
-        # Every webhook must name its conversation, even one for notice().
-        conversation_of(event)
-        if asks_for_speech(event):
-            return await self.answer(Reply(request, event))
-        return web.json_response(await self.agent.notice(event) or {})
-
-    async def answer(self, reply: Reply) -> web.StreamResponse:
-        """Speaks a reply, to its end or until the caller interrupts.
-
-        The whole story of an interruption: the caller speaks, so Layercode
-        drops the connection. aiohttp then cancels this handler
-        (handler_cancellation), wherever it waits. CancelledError is not an
-        Exception, so speak() says no apology. On its way out it closes reply()
-        and, in it, the stream from Gemini. Here the turn is logged, and
-        recorded as not finished, with the words that were written; do_anyway()
-        sees to that even if this handler is cancelled again. The caller's next
-        webhook tells how much was heard. begin() records that, and from then
-        on the model is shown those words and [interrupted]. If that webhook
-        comes before the dropped connection is noticed, hush() cancels the
-        earlier reply and waits for it. If the answer was already written to
-        its end, there is nothing to cut off, and only the report comes.
-        """
-        self.replies.add(reply)
-        try:
-            await reply.speak(self.begin, self.agent.apology)
-        finally:
-            reply.write_log()
-            await self.do_anyway(self.end(reply))
-        return reply.response
-
-    async def begin(self, reply: Reply) -> Speech:
-        """Records what the webhook tells, and gives the answer that is to be spoken.
-
-        A webhook may be delivered twice. If its turn is finished, or a later
-        one has begun, the same words are spoken again, without other events,
-        and nothing changes. If the turn is still being spoken, that reply is
-        cut off, and this delivery gets a new one. If it was cut off and
-        nothing came after it, it gets a new one, too. A turn that is no longer
-        in the history counts as new.
-        """
-        conversation = reply.conversation
-        # Before the model is asked, and even if the caller hangs up: no word
-        # gets lost, and the turn has its place among the others.
-        await self.do_anyway(self.record_words(reply))
-        turns = await self.wait_for_the_floor(reply)
-        # It is overtaken by a later reply, or it is past.
-        if conversation in self.speaking or is_past(turns, reply.turn_id):
-            reply.again = True
-            return say_once(turns[reply.turn_id].spoken)
-        self.speaking[conversation] = reply
-        # What an earlier delivery did is shown to the model, so that it is not
-        # done again.
-        reply.turn.done = turns[reply.turn_id].done
-        history = [
-            turn
-            for turn_id, turn in turns.items()
-            # A report may come before the turn that it is about, or without
-            # it.
-            if turn_id != reply.turn_id and (turn.user or turn.spoken)
-        ]
-        history = [*history, reply.turn][-MAX_TURNS:]
-        if reply.event["type"] != "message":
-            if self.agent.gemini is not None:
-                # While the caller listens, the connection opens for the first
-                # reply.
-                self.agent.gemini.warm_up()
-            return self.agent.greet(reply.event, history)
-        if not reply.turn.user:
-            return say_once(self.agent.apology)
-        return self.agent.reply(reply.event, history)
-
-    async def wait_for_the_floor(self, reply: Reply) -> dict[str, Turn]:
-        """Cuts off an earlier reply and waits for its end; returns the turns.
-
-        They are loaded after the wait. A reply that began later than this one
-        is left alone, and so is any if this turn is past.
-        """
-        while True:
-            other = self.speaking.get(reply.conversation)
-            turns = await self.agent.histories.load(reply.conversation)
-            if self.speaking.get(reply.conversation) is not other:
-                # Since they were loaded, a reply has begun or ended.
-                continue
-            if other is None or other.started > reply.started:
-                return turns
-            if is_past(turns, reply.turn_id):
-                return turns
-            await self.hush(other)
-
-    async def hush(self, reply: Reply) -> None:
-        """Cuts a reply off and waits until it is recorded."""
-        # One that is finished has only to be recorded.
-        if reply.task is not None and not reply.finished:
-            reply.task.cancel()
-        await reply.over.wait()
-
-    async def do_anyway(self, work: Coroutine[None, None, None]) -> None:
-        """Does some work to its end, even if the caller hangs up meanwhile."""
-        task = asyncio.create_task(work)
-        self.working.add(task)
-        task.add_done_callback(self.working.discard)
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            # Left alone, asyncio would log an error with its message.
-            task.add_done_callback(log_failure)
-            raise
-
-    async def record_words(self, reply: Reply) -> None:
-        """Records what the webhook tells: the caller's words, and what they heard."""
-        histories = self.agent.histories
-        interruption = interruption_of(reply.event)
-        if interruption is not None:
-            # First, so that this turn is the last one even if that one is
-            # unknown.
-            await histories.record(
-                reply.conversation, interruption.turn_id, heard=interruption.heard
-            )
-        await histories.record(reply.conversation, reply.turn_id, user=reply.turn.user)
-
-    async def end(self, reply: Reply) -> None:
-        """Records what was spoken, and lets the next reply begin."""
-        conversation = reply.conversation
-        # Without it, this was a repetition, or ended before it had begun.
-        has_the_floor = self.speaking.get(conversation) is reply
-        try:
-            if has_the_floor:
-                await self.record_answer(reply)
-        finally:
-            if has_the_floor:
-                del self.speaking[conversation]
-            self.replies.discard(reply)
-            reply.over.set()
-
-    async def record_answer(self, reply: Reply) -> None:
-        """Records what was spoken. The log tells if the store does not take it."""
-        try:
-            async with asyncio.timeout(RECORD_PATIENCE):
-                await self.agent.histories.record(
-                    reply.conversation,
-                    reply.turn_id,
-                    spoken=reply.spoken,
-                    finished=reply.finished,
-                )
-        except Exception as error:
-            name = reply.conversation
-            log.error("conversation=%r is not recorded: %s", name, cause(error))
-            log_stack(error)
-
-    async def stop(self, app: web.Application) -> None:
-        """Lets the replies in flight go on for GRACE seconds, then cuts them off."""
-        await self.wait_for_replies(GRACE)
-        for reply in self.replies:
-            reply.stop()
-        await self.wait_for_replies(1)
-
-    async def wait_for_replies(self, seconds: float) -> None:
-        """Waits until all replies are over, for so many seconds at most."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                for reply in list(self.replies):
-                    await reply.over.wait()
+def is_anything(chunk: Chunk) -> bool:
+    """Counts any chunk as one with words."""
+    return True
 
 
-class Pages:
-    """Answers web pages for an agent: authorizes them, and turns strangers away."""
+def declare(tool: Tool) -> Declaration:
+    """What Gemini is told of a tool. Raises LoggedError for one that cannot be called."""
+    import pydantic
 
-    def __init__(self, agent: Agent) -> None:
-        self.agent = agent
-
-    @web.middleware
-    async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Turns pages of other origins away, and every error into JSON."""
-        origin = request.headers.get("Origin", "")
-        allowed = self._is_allowed(origin)
-        try:
-            if origin and not allowed:
-                raise web.HTTPForbidden(
-                    reason="the page's origin is not in ALLOWED_ORIGINS"
-                )
-            response = await handler(request)
-        except web.HTTPException as error:
-            asked = f"{request.method} {request.path[:60]!r}"
-            if origin:
-                asked += f" from a page of {origin[:60]!r}"
-            log.warning("%s: %d %s", asked, error.status, error.reason)
-            response = error_response(error.status, error.reason)
-        except Exception as error:
-            if request.transport is None:
-                # Nobody is there to be told, and aiohttp ignores it.
-                raise
-            log.error("%s %.60r failed: %s", request.method, request.path, cause(error))
-            log_stack(error)
-            response = error_response(500, "the agent failed: its log says where")
-        if allowed:
-            response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Access-Control-Allow-Headers"] = (
-                "Authorization, Content-Type"
-            )
-            response.headers["Vary"] = "Origin"
-        await send(request, response)
-        return response
-
-    def _is_allowed(self, origin: str) -> bool:
-        for pattern in self.agent.settings.origins():
-            # To fnmatch, the [ of an IPv6 address would begin a set of
-            # characters.
-            if fnmatch.fnmatchcase(origin, pattern.replace("[", "[[]")):
-                return True
-        return False
-
-    async def authorize(self, request: web.Request) -> web.Response:
-        """Gets a page its session: Layercode's answer, while the API key stays here."""
-        body = await read_body(request)
-        if len(body) > MAX_PAGE:
-            raise web.HTTPRequestEntityTooLarge(MAX_PAGE, len(body))
-        page = parse(body)
-        settings = self.agent.settings
-        key = settings.layercode_api_key
-        if not key:
-            raise web.HTTPInternalServerError(reason="LAYERCODE_API_KEY is not set")
-        agent_id = text_of(page, "agent_id", "pipeline_id")
-        only = settings.layercode_agent_id
-        if only and agent_id != only:
-            raise web.HTTPForbidden(reason="agent_id is not LAYERCODE_AGENT_ID")
-        # The page's fields are copied one by one, because Layercode would take
-        # others, too: with a config, a visitor could have the session call a
-        # webhook and a model of their own.
-        session: Event = {"agent_id": agent_id}
-        conversation = page.get("conversation_id") or page.get("session_id")
-        if conversation:
-            session["conversation_id"] = conversation
-        for name in ("metadata", "sdk_version"):
-            if page.get(name) is not None:
-                session[name] = page[name]
-        session.update(await self.agent.admit(request))
-        status, answer = await self._ask_layercode(session)
-        # An answer that quotes the request must not show the page the key.
-        answer = answer.replace(key.encode(), b"***")
-        reason = reason_of(status, answer)
-        return web.Response(
-            body=answer, status=status, reason=reason, content_type="application/json"
-        )
-
-    async def _ask_layercode(self, session: Event) -> tuple[int, bytes]:
-        """Layercode's answer to a request for a session: its status and its body."""
-        settings = self.agent.settings
-        url = (
-            settings.layercode_api_url.rstrip("/") + "/v1/agents/web/authorize_session"
-        )
-        headers = {"Authorization": f"Bearer {settings.layercode_api_key}"}
-        body = bytearray()
-        try:
-            async with (
-                asyncio.timeout(AUTHORIZE_PATIENCE),
-                self.agent.http.post(
-                    url, json=session, headers=headers, allow_redirects=False
-                ) as response,
-            ):
-                async for piece in response.content.iter_any():
-                    body += piece
-                    if len(body) > MAX_BODY:
-                        raise web.HTTPBadGateway(
-                            reason="Layercode's answer does not end"
-                        )
-        except TimeoutError:
-            raise web.HTTPGatewayTimeout(
-                reason=f"Layercode did not answer within {AUTHORIZE_PATIENCE:g} s"
-            ) from None
-        except aiohttp.ClientError as error:
-            raise web.HTTPBadGateway(
-                reason=f"Layercode could not be reached: {type(error).__name__}"
-            ) from None
-        return response.status, bytes(body)
-
-
-async def say_up(request: web.Request) -> web.Response:
-    """Answers health checks, and preflights: Pages.guard() adds their headers."""
-    return web.Response(text="The agent is up.\n")
-
-
-async def send(request: web.Request, response: web.StreamResponse) -> None:
-    """Sends a response to its end. Drops a client that does not read it.
-
-    aiohttp itself would wait for ever.
-    """
+    kind: Any = tool
     try:
-        async with asyncio.timeout(WRITE_PATIENCE):
-            await response.prepare(request)
-            await response.write_eof()
-        if response.status == 408:
-            # The rest of the body has had its time. aiohttp would read on.
-            request.protocol.force_close()
-    except TimeoutError:
-        if request.transport is not None:
-            request.transport.abort()
-    except ConnectionError:
-        # The client has gone, so nobody misses the rest.
-        pass
+        schema = pydantic.TypeAdapter(kind).json_schema()
+    except (pydantic.PydanticUserError, NameError) as error:
+        why = "cannot be a tool: the type of a parameter is unknown, or not one of JSON"
+        raise LoggedError(f"{tool.__name__}() {why}") from error
+    description = inspect.getdoc(tool) or ""
+    declaration: Declaration = {"name": tool.__name__, "description": description}
+    if schema["properties"]:
+        declaration["parameters_json_schema"] = schema
+    return declaration
 
 
-def error_response(status: int, reason: str) -> web.Response:
-    """An error as JSON. The browser SDK shows the page only the reason phrase."""
-    return web.json_response({"error": reason}, status=status, reason=reason)
+def as_sent(part: Part) -> Event:
+    """A part as Gemini sent it, with its thought signature."""
+    return part.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-def reason_of(status: int, body: bytes) -> str:
-    """The reason phrase for an answer of Layercode's REST API.
+def name_in(call: Event) -> str:
+    """The name of the tool that Gemini calls; some models put a module before it."""
+    name: str = call["name"]
+    return name.rpartition(".")[2]
 
-    Raises HTTPBadGateway for an answer that is not for the page.
+
+def state_of(call: Event, state: str) -> Event:
+    """What the page is told of a tool: that it is running, done, or failed."""
+    return {"type": "response.data", "content": {"tool": name_in(call), "state": state}}
+
+
+async def in_thread(function: Callable[[], T]) -> T:
+    """What a function returns that blocks, from a thread of its own. Raises what it does.
+
+    The thread is a daemon, for which Python does not wait before it ends; and one that
+    hangs holds up no other, as in asyncio.to_thread(), which has few.
     """
-    if status == 200:
-        return "OK"
-    error: object = None
-    if status in (400, 402):
-        with contextlib.suppress(web.HTTPBadRequest):
-            error = parse(body).get("error")
-    if not isinstance(error, str):
-        raise web.HTTPBadGateway(reason=f"Layercode answered {status}")
-    printable = [letter if " " <= letter <= "~" else " " for letter in error]
-    words = "".join(printable).split()
-    return " ".join(words)[:200]
+    outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+    # From here on nobody can cancel it, so that it may always be set.
+    outcome.set_running_or_notify_cancel()
 
+    def work() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:
+            # asyncio cannot raise a StopIteration where it is waited for.
+            is_stop = isinstance(error, StopIteration)
+            outcome.set_exception(RuntimeError("StopIteration") if is_stop else error)
 
-def is_past(turns: dict[str, Turn], turn_id: str) -> bool:
-    """Whether a turn will not be answered any more: finished, or not the last one."""
-    return turns[turn_id].finished or turn_id != list(turns)[-1]
-
-
-async def say_once(words: str) -> Speech:
-    """Yields the words, if there are any."""
-    if words:
-        yield words
-
-
-async def read_body(request: web.Request) -> bytes:
-    """A request's body as it was sent. Raises HTTPException for one that is not taken.
-
-    That is one that is compressed, larger than MAX_BODY, broken, or too slow.
-    """
-    if request.headers.get("Content-Encoding", "identity") != "identity":
-        raise web.HTTPUnsupportedMediaType(reason="a compressed body is not taken")
-    try:
-        async with asyncio.timeout(BODY_PATIENCE):
-            return await request.read()
-    except TimeoutError:
-        raise web.HTTPRequestTimeout(
-            reason=f"the body did not end within {BODY_PATIENCE:g} s"
-        ) from None
-    except web.RequestPayloadError:
-        raise web.HTTPBadRequest(reason="the body does not match its headers") from None
-
-
-def parse(body: bytes) -> Event:
-    """The JSON object in a body. Raises HTTPBadRequest if there is none."""
-    event: object = None
-    text = body.decode(errors="replace")
-    with contextlib.suppress(ValueError, RecursionError):
-        event = json.loads(text)
-        # JSON can spell half of a character, such as \ud83d.
-        if "\\ud" in text.lower():
-            text = clean(json.dumps(event, ensure_ascii=False))
-            event = json.loads(text)
-    if not isinstance(event, dict):
-        raise web.HTTPBadRequest(reason="the body is not a JSON object")
-    return event
-
-
-def clean(text: str) -> str:
-    """A text with a ? in the place of each lone surrogate, which nothing can encode."""
-    return text.encode(errors="replace").decode()
-
-
-def text_of(event: Event, name: str, older_name: str = "") -> str:
-    """The text under a name, or under the older name of the same thing.
-
-    Raises HTTPBadRequest if there is none, or something that is not a text.
-    """
-    value = event.get(name)
-    if older_name and (value is None or value == ""):
-        value = event.get(older_name)
-    if not isinstance(value, str) or not value:
-        raise web.HTTPBadRequest(reason=f"{name} is missing or not a text")
-    return value
-
-
-def conversation_of(event: Event) -> str:
-    """The conversation of a webhook. Raises HTTPBadRequest without one.
-
-    The oldest webhooks have no conversation_id: there, the session is it.
-    """
-    return text_of(event, "conversation_id", "session_id")
-
-
-def asks_for_speech(event: Event) -> bool:
-    """Whether a webhook is answered with speech. Raises HTTPBadRequest without type."""
-    kind = text_of(event, "type")
-    if kind == "session.start":
-        # Without a turn_id it is a mere notice.
-        return event.get("turn_id") is not None
-    return kind in ("message", "welcome")
-
-
-def words_of(event: Event) -> str:
-    """The caller's words in a webhook; none in a greeting. Raises HTTPBadRequest."""
-    if event["type"] != "message":
-        return ""
-    # An empty transcript is no error, a missing one is.
-    if "text" in event and event["text"] in ("", None):
-        return ""
-    return text_of(event, "text").strip()
-
-
-def words_of_frame(frame: Event) -> str:
-    """The words that a frame speaks; none in one of another type."""
-    if frame.get("type") == "response.tts":
-        return str(frame.get("content", ""))
-    return ""
-
-
-@dataclass(frozen=True)
-class Interruption:
-    """What the caller heard of an earlier turn."""
-
-    turn_id: str
-    heard: str
-
-
-def interruption_of(event: Event) -> Interruption | None:
-    """What a webhook reports of an interruption, if it does."""
-    match event.get("interruption_context"):
-        case {
-            "previous_turn_interrupted": True,
-            "assistant_turn_id": str(turn_id),
-            "text_heard": str(heard),
-        }:
-            return Interruption(turn_id, heard)
-    return None
+    threading.Thread(target=work, daemon=True).start()
+    return await asyncio.wrap_future(outcome)
 
 
 # ---- The log -------------------------------------------------------------------------
 
 
-def cause(error: BaseException) -> str:
-    """What the log says of an error: its type and place, or a ModelError's message.
+def name_of_task() -> str:
+    """What the log calls the turn, or the webhook, that the task works for."""
+    task = asyncio.current_task()
+    return "" if task is None else task.get_name()
 
-    The message of another may hold a key or what a caller said.
+
+def cause(error: BaseException) -> str:
+    """What the log says of an error: its type and place, or a LoggedError's message.
+
+    The message of another may hold a key, or what a caller said: it is logged only if
+    LOG_LEVEL is DEBUG, and in `chat`.
     """
-    if isinstance(error, ModelError):
+    details.debug("%s", name_of_task(), exc_info=error)
+    if isinstance(error, LoggedError):
         return str(error)
     # The standard library, what is installed, and code that stands in no file.
     libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<")
@@ -1491,577 +1527,239 @@ def cause(error: BaseException) -> str:
     return f"{type(error).__name__} at {place}"
 
 
-def log_failure(task: asyncio.Task[None]) -> None:
-    """Logs why a task failed that nobody waits for any more, if it did."""
-    error = None if task.cancelled() else task.exception()
-    if error is not None:
-        log.error("a record failed after a hang-up: %s", cause(error))
-        log_stack(error)
+class Sparing(logging.Filter):
+    """Lets MAX_REFUSALS lines a second through, and counts those it leaves out.
 
-
-def log_stack(error: BaseException) -> None:
-    """Writes where an error came from, without its message, if LOG_LEVEL is DEBUG."""
-    stack = "".join(traceback.format_tb(error.__traceback__))
-    log.debug("%s\n%s", cause(error), stack)
-
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
-
-
-class Brief(logging.Filter):
-    """Shortens what strangers can have aiohttp and asyncio log.
-
-    Malformed HTTP, and more connections than files may be open, become one
-    line a second at most, without a traceback. All else passes.
+    Malformed HTTP, which aiohttp logs with a traceback, becomes a line, too.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.silent_until = 0.0
+    second = 0
+    lines = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is to be written."""
-        error = record.exc_info[1] if record.exc_info else None
-        no_files = isinstance(error, OSError) and error.errno == errno.EMFILE
-        if not no_files and not isinstance(error, HttpProcessingError):
-            return True
-        now = time.monotonic()
-        if now < self.silent_until:
-            return False
-        self.silent_until = now + 1
-        first_line = record.getMessage().splitlines()[0]
-        record.msg = f"{first_line}: {type(error).__name__}"
+        record.msg = record.getMessage()
         record.args = ()
-        record.exc_info = None
-        return True
+        if record.exc_info and record.exc_info[0]:
+            record.msg += f": {record.exc_info[0].__name__}"
+            record.exc_info = None
+        if int(time.monotonic()) != self.second:
+            if self.lines > MAX_REFUSALS:
+                record.msg += (
+                    f" ({self.lines - MAX_REFUSALS} more before were left out)"
+                )
+            self.second = int(time.monotonic())
+            self.lines = 0
+        self.lines += 1
+        return self.lines <= MAX_REFUSALS
 
 
-# ---- The terminal client -------------------------------------------------------------
-
-
-class CallError(Exception):
-    """Why a webhook could not be called: a sentence for whoever set it up."""
-
-
-class Call:
-    """A call to the agent at a webhook's URL, as Layercode makes it."""
-
-    def __init__(self, http: aiohttp.ClientSession, url: str, secret: str) -> None:
-        self.http = http
-        self.url = url
-        self.secret = secret
-        self.conversation = secrets.token_hex(8)
-        self.turn_id = ""
-        # The words of the answer so far.
-        self.heard = ""
-
-    def event(self, kind: str, **more: Any) -> Event:
-        """A webhook that begins a new turn; forgets what was heard of the last."""
-        self.turn_id = secrets.token_hex(8)
-        self.heard = ""
-        event = {
-            "type": kind,
-            "session_id": "terminal",
-            "conversation_id": self.conversation,
-            "turn_id": self.turn_id,
-        }
-        return {**event, **more}
-
-    def interruption(self) -> Event:
-        """What the next message reports if the caller has interrupted this answer."""
-        return {
-            "previous_turn_interrupted": True,
-            "words_heard": len(self.heard.split()),
-            "text_heard": self.heard,
-            "assistant_turn_id": self.turn_id,
-        }
-
-    async def send(self, event: Event) -> AsyncGenerator[Event, None]:
-        """Sends a webhook, signed as by Layercode, and yields the frames of the answer.
-
-        Closing it before the end drops the connection, as Layercode does when
-        the caller interrupts. Raises CallError.
-        """
-        if not self.url.lower().startswith(("http://", "https://")):
-            raise CallError(f"{self.url} is not a URL: does it begin with https://?")
-        body = json.dumps(event).encode()
-        headers = {
-            "Content-Type": "application/json",
-            "layercode-signature": sign(body, self.secret),
-        }
-        timeout = aiohttp.ClientTimeout(
-            total=None, connect=CALL_PATIENCE, sock_read=CALL_PATIENCE
-        )
-        try:
-            async with self.http.post(
-                self.url,
-                data=body,
-                headers=headers,
-                timeout=timeout,
-                allow_redirects=False,
-            ) as response:
-                check_answer(response)
-                kinds = set()
-                async for line in response.content:
-                    if line.startswith(b"data:"):
-                        frame = parse_frame(line, event)
-                        self.heard += words_of_frame(frame)
-                        kinds.add(frame.get("type"))
-                        yield frame
-                    if "response.end" in kinds:
-                        break
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise CallError(explain_call(self.url, error)) from None
-        if not self.heard.strip() and "response.hangup" not in kinds:
-            raise CallError(
-                "The answer had no words. Is this the webhook of a voice agent?"
-            )
-        if "response.end" not in kinds:
-            raise CallError(
-                "The answer ended without response.end, so Layercode would go on "
-                "waiting. What does the agent's log say?"
-            )
-
-
-def check_answer(response: aiohttp.ClientResponse) -> None:
-    """Raises CallError for an answer that is not an event stream."""
-    status = f"{response.status} {response.reason}"
-    if response.status in (301, 302, 303, 307, 308):
-        location = response.headers.get("Location", "nowhere")
-        raise CallError(
-            f"It redirects to {location} ({status}). "
-            "Layercode needs the URL that answers by itself."
-        )
-    if response.status == 401:
-        raise CallError(
-            f"It refuses the signature ({status}). Is LAYERCODE_WEBHOOK_SECRET "
-            "the same here and there, and are both clocks right?"
-        )
-    if response.status >= 500:
-        raise CallError(f"It answers {status}. Is the agent running? See its log.")
-    if response.status != 200:
-        raise CallError(f"It answers {status}. Does the URL end in /agent?")
-    if response.content_type != "text/event-stream":
-        raise CallError(
-            f"It answers with {response.content_type} where an event stream should be. "
-            "Is this the tunnel's own page, or another server?"
-        )
-
-
-def parse_frame(line: bytes, event: Event) -> Event:
-    """The JSON object of a frame, which answers a webhook. Raises CallError."""
-    frame: object = None
-    with contextlib.suppress(ValueError, RecursionError):
-        frame = json.loads(line.removeprefix(b"data:"))
-    if not isinstance(frame, dict):
-        raise CallError(
-            f"It sends a frame that is not a JSON object: {line[:60]!r}. "
-            "Is something between here and the agent changing the stream?"
-        )
-    if frame.get("turn_id") != event.get("turn_id"):
-        raise CallError(
-            f"It sends a frame of another turn: {line[:200]!r}. "
-            "Each needs the turn_id of the webhook that it answers."
-        )
-    return frame
-
-
-def explain_call(url: str, error: Exception) -> str:
-    """What an error of aiohttp's means to whoever has set up a webhook."""
-    if isinstance(error, aiohttp.InvalidURL | UnicodeError):
-        return f"{url} is not a URL: has it a host, and a port up to 65535?"
-    host = urlsplit(url).netloc
-    if isinstance(error, TimeoutError):
-        return (
-            f"{host} has sent nothing for {CALL_PATIENCE:g} seconds. "
-            "Is the agent behind it running?"
-        )
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return (
-            f"The certificate of {host} is not valid. "
-            "Has it run out, is it for another name, or did you sign it yourself?"
-        )
-    if isinstance(error, aiohttp.ClientSSLError):
-        return f"{host} does not speak HTTPS. Should the URL begin with http://?"
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return f"There is no {host}. Is the tunnel open, and the name right?"
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return f"Nothing listens at {host}. Is the agent, or the tunnel, running?"
-    return f"{host} broke the answer off ({type(error).__name__}). See the agent's log."
-
+# ---- The terminal --------------------------------------------------------------------
 
 # Control characters, which a terminal would obey, but for the line break.
 CONTROLS = dict.fromkeys([*range(10), *range(11, 32), *range(127, 160)])
 
 
-class Terminal:
-    """The person's end of a chat: keys in, words out.
+def post(url: str, secret: str, event: Event) -> Iterator[Event]:
+    """Posts a webhook, signed as by Layercode; yields the frames of the answer.
 
-    The first key that is typed while the agent speaks interrupts it. Where the
-    input or the output is not a terminal, nothing interrupts.
+    Exits with what is wrong, if anything is.
     """
+    body = json.dumps(event).encode()
+    headers = {"layercode-signature": sign(body, secret)}
+    request = urllib.request.Request(url, body, headers)
+    frame: Event = {}
+    try:
+        with urllib.request.urlopen(request, timeout=CHAT_PATIENCE) as answer:
+            for line in answer:
+                if line.startswith(b"data:"):
+                    frame = json.loads(line.removeprefix(b"data:"))
+                    yield frame
+    except (OSError, HTTPException, ValueError) as error:
+        sys.exit(f"{url}: {error}")
+    if frame.get("type") != "response.end":
+        sys.exit(f"{url}: no response.end. What does the agent's log say?")
 
-    def __init__(self) -> None:
-        self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        self.has_colours = has_colours()
-        # Whether the cursor is not at the start of a line.
-        self.line_begun = False
-        if self.is_terminal:
-            with contextlib.suppress(ImportError):
-                # With it, input() takes up the key that has interrupted.
-                importlib.import_module("readline")
 
-    def show(self, text: str, style: str = "") -> None:
-        """Prints a text; style is an ANSI code such as "2" for dim."""
-        if not text:
+def chat(agent: Agent, url: str | None, fields: Event) -> None:
+    """Chats with the agent at a URL or, without a URL, with this one, served here."""
+    secret = agent.settings.layercode_webhook_secret
+    if url is None:
+        secret = os.urandom(16).hex()
+        settings = dataclasses.replace(agent.settings, layercode_webhook_secret=secret)
+        agent.settings = settings
+        url = serve_beside(agent)
+    elif not secret:
+        sys.exit("LAYERCODE_WEBHOOK_SECRET is not set: the agent would refuse us.")
+    print("Ctrl-C interrupts the agent. Hang up with Ctrl-D.\n")
+    names = {"session_id": "terminal", "conversation_id": os.urandom(8).hex()}
+    event: Event = {"type": "session.start"}
+    while event:
+        event |= {"turn_id": os.urandom(8).hex()}
+        report = listen(post(url, secret, {**names, **fields, **event}))
+        if report is None:
+            print("(the agent hung up)")
             return
-        self.line_begun = not text.endswith("\n")
-        if style and self.has_colours:
-            text = f"\033[{style}m{text}\033[0m"
-        print(text, end="", flush=True)
-
-    def end_line(self) -> None:
-        """Goes to the next line, unless it is new already."""
-        if self.line_begun:
-            self.show("\n")
-
-    def write(self, line: str) -> None:
-        """Prints a line of the log on a line of its own: the terminal is its stream."""
-        self.end_line()
-        print(line, end="", file=sys.stderr, flush=True)
-
-    def show_frame(self, frame: Event) -> None:
-        """Prints what a frame has for a person."""
-        self.show(words_of_frame(frame).translate(CONTROLS), "36")
-        if frame.get("type") == "response.data":
-            self.end_line()
-            self.show(json.dumps(frame.get("content")), "2")
-            self.end_line()
-
-    async def read_message(self) -> str | None:
-        """What the person says; None when they hang up.
-
-        Enter alone says nothing. Lines that are pasted are one message.
-        """
-        lines: list[str] = []
-        while not lines or self.key_waits():
-            line = await self.read_line()
-            if line is None:
-                break
-            if line.strip():
-                lines.append(line)
-        return " ".join(lines) or None
-
-    async def read_line(self) -> str | None:
-        """What the person types up to Enter; None at the end of the input."""
-        loop = asyncio.get_running_loop()
-        line: asyncio.Future[str | None] = loop.create_future()
-
-        def read() -> None:
-            text = self._input()
-            # The loop has ended if the person hung up with Ctrl-C.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(line.set_result, text)
-
-        # In a thread, so that the agent can go on; a daemon, so that Ctrl-C
-        # can end it.
-        threading.Thread(target=read, daemon=True).start()
-        self.line_begun = self.is_terminal
-        text = await line
-        self.line_begun = self.is_terminal and text is None
-        return text
-
-    def _input(self) -> str | None:
-        if self.is_terminal:
-            with contextlib.suppress(EOFError):
-                return input("> ")
-            return None
-        # Without sys.stdin, whose lock would keep Ctrl-C from ending the
-        # process.
-        line = io.FileIO(sys.stdin.fileno(), closefd=False).readline()
-        return line.decode(errors="replace").rstrip("\r\n") if line else None
-
-    def forget_keys(self) -> None:
-        """Drops what was typed before the chat, which would interrupt the greeting."""
-        if sys.platform == "win32":
-            import msvcrt
-
-            while msvcrt.kbhit():
-                msvcrt.getwch()
-            return
-        import termios
-
-        termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
-
-    def key_waits(self) -> bool:
-        """Whether a key was typed that nobody has read."""
-        if not self.is_terminal:
-            return False
-        if sys.platform == "win32":
-            import msvcrt
-
-            return msvcrt.kbhit()
-        return bool(select.select([sys.stdin], [], [], 0)[0])
-
-    async def key_typed(self) -> None:
-        """Returns when a key waits to be read, which read_line() will do."""
-        while not self.key_waits():
-            await asyncio.sleep(0.02)
-
-    @contextlib.contextmanager
-    def restored(self, *, keys_at_once: bool = False) -> Iterator[None]:
-        """Leaves the terminal in the modes in which it was, whatever happens.
-
-        With keys_at_once, keys meanwhile arrive when they are typed, not with
-        Enter, and are not printed.
-        """
-        if sys.platform == "win32" or not self.is_terminal:
-            yield
-            return
-        import termios
-
-        keyboard = sys.stdin.fileno()
-        before = termios.tcgetattr(keyboard)
-        if keys_at_once:
-            during = termios.tcgetattr(keyboard)
-            local_modes = 3
-            during[local_modes] &= ~(termios.ECHO | termios.ICANON)
-            termios.tcsetattr(keyboard, termios.TCSANOW, during)
-        try:
-            yield
-        finally:
-            termios.tcsetattr(keyboard, termios.TCSANOW, before)
+        if "interruption_context" in report:
+            report["interruption_context"]["assistant_turn_id"] = event["turn_id"]
+        text = ask_person()
+        event = {"type": "message", "text": text, **report} if text else {}
 
 
-def has_colours() -> bool:
-    """Whether what is printed may have colours."""
-    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
-        return False
-    if sys.platform == "win32":
-        # The console before Windows Terminal would print the codes.
-        return "WT_SESSION" in os.environ
-    return os.environ.get("TERM", "dumb") != "dumb"
+def listen(frames: Iterator[Event]) -> Event | None:
+    """Prints an answer; returns what the next message reports; None after a hang-up."""
+    heard = ""
+    has_hung_up = False
+    report: Event = {}
+    try:
+        for frame in frames:
+            content = frame.get("content")
+            if frame["type"] == "response.tts":
+                # A terminal would obey control characters, and may know no emoji.
+                encoding = sys.stdout.encoding
+                words = str(content).translate(CONTROLS).encode(encoding, "replace")
+                print(words.decode(encoding), end="", flush=True)
+                heard += str(content)
+            elif frame["type"] == "response.data":
+                print(f"[{json.dumps(content)}]")
+            elif frame["type"] == "response.hangup":
+                has_hung_up = True
+    except KeyboardInterrupt:
+        report["interruption_context"] = {
+            "previous_turn_interrupted": True,
+            "words_heard": len(heard.split()),
+            "text_heard": heard,
+        }
+    print()
+    return None if has_hung_up else report
 
 
-class Chat:
-    """A conversation between a person at a terminal and an agent at a URL."""
-
-    def __init__(self, call: Call, terminal: Terminal) -> None:
-        self.call = call
-        self.terminal = terminal
-        self.hung_up = False
-
-    async def run(self) -> None:
-        """Talks until one of the two hangs up. Raises CallError."""
-        with self.terminal.restored():
-            try:
-                await self.talk()
-            finally:
-                self.terminal.end_line()
-
-    async def talk(self) -> None:
-        """Takes turns with the agent, whose greeting comes first. Raises CallError."""
-        if self.terminal.is_terminal:
-            self.terminal.forget_keys()
-            self.terminal.show(
-                "Type while the agent speaks to interrupt it. "
-                "Hang up with Ctrl-D or Ctrl-C.\n\n"
-            )
-        event = self.call.event("session.start")
-        while True:
-            interrupted = await self.listen(event)
-            if self.hung_up:
-                self.terminal.show("(the agent hung up)\n")
-                return
-            message = await self.terminal.read_message()
-            if message is None:
-                return
-            report = {}
-            if interrupted:
-                report["interruption_context"] = self.call.interruption()
-            event = self.call.event("message", text=message, **report)
-
-    async def listen(self, event: Event) -> bool:
-        """Prints the answer to a webhook; returns whether a key interrupted it."""
-        with self.terminal.restored(keys_at_once=True):
-            answer = asyncio.create_task(self._print_answer(event))
-            key = asyncio.create_task(self.terminal.key_typed())
-            try:
-                await asyncio.wait([answer, key], return_when=asyncio.FIRST_COMPLETED)
-                interrupted = not answer.done()
-            finally:
-                key.cancel()
-                answer.cancel()
-                await asyncio.wait([answer, key])
-        self.terminal.end_line()
-        if not interrupted:
-            answer.result()
-        return interrupted
-
-    async def _print_answer(self, event: Event) -> None:
-        async with contextlib.aclosing(self.call.send(event)) as frames:
-            async for frame in frames:
-                self.terminal.show_frame(frame)
-                if frame.get("type") == "response.hangup":
-                    self.hung_up = True
+def ask_person() -> str:
+    """What the person types; empty if they hang up."""
+    text = ""
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while not text:
+            text = input("> ").strip()
+    return text
 
 
-async def chat(agent: Agent, url: str) -> None:
-    """Chats with the agent at a URL or, without a URL, with this one, served here.
+def serve_beside(agent: Agent) -> str:
+    """Serves an agent in a thread; returns its webhook's URL, which answers at once."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    options: Event = {"sock": listener, "handle_signals": False, "print": None}
+    app = agent.make_app()
 
-    Raises CallError.
-    """
-    terminal = Terminal()
-    logging.basicConfig(format=LOG_FORMAT, stream=terminal)
-    async with aiohttp.ClientSession() as http:
-        if url:
-            secret = agent.settings.layercode_webhook_secret
-            if not secret:
-                raise CallError(
-                    "LAYERCODE_WEBHOOK_SECRET is not set: the webhook would refuse us."
-                )
-            await Chat(Call(http, url, secret), terminal).run()
-            return
-        secret = secrets.token_hex(16)
-        agent.settings = dataclasses.replace(
-            agent.settings, layercode_webhook_secret=secret
-        )
-        runner = web.AppRunner(agent.make_app(), **RUNNER_OPTIONS)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            port = runner.addresses[0][1]
-            own_url = f"http://127.0.0.1:{port}/agent"
-            await Chat(Call(http, own_url, secret), terminal).run()
-        finally:
-            await runner.cleanup()
+    def work() -> None:
+        # If the agent cannot start, the terminal learns it.
+        with listener:
+            web.run_app(app, **options, **RUNNER_OPTIONS)
+
+    threading.Thread(target=work, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}/agent"
 
 
 # ---- The command line ----------------------------------------------------------------
 
-
-def allow_many_files() -> None:
-    """Lets the process have as many connections as the system allows.
-
-    Most systems allow it 1,024 files at first, and more if it asks.
-    """
-    if sys.platform == "win32":
-        return
-    import resource
-
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # macOS refuses what it reports as the most.
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-async def give_memory_back(app: web.Application) -> AsyncIterator[None]:
-    """Returns the memory of what is gone, such as large bodies, to the system.
-
-    Left alone, glibc keeps about as much as was once in use.
-    """
-
-    async def now_and_then() -> None:
-        try:
-            trim = ctypes.CDLL(None).malloc_trim
-        except (AttributeError, OSError, TypeError):
-            # Only glibc has it.
-            return
-        while True:
-            await asyncio.sleep(MEMORY_KEPT)
-            trim(0)
-
-    task = asyncio.create_task(now_and_then())
-    yield
-    task.cancel()
+# What is said at the start of each setting that is missing.
+MISSING = {
+    "layercode_webhook_secret": "every webhook will be refused. "
+    "Layercode's dashboard has it: your agent, Your Backend, Edit.",
+    "google_generative_ai_api_key": "an offline stand-in replies. "
+    "Get a key at https://aistudio.google.com/apikey.",
+    "layercode_api_key": "no browser can be authorized. "
+    "Layercode's dashboard has it: Settings.",
+}
 
 
 def serve(agent: Agent) -> None:
-    """Serves the agent until the process is told to stop."""
+    """Serves the agent until the process is told to stop. Raises SettingsError."""
     settings = agent.settings
-    lines = [f"Up: http://{settings.host}:{settings.port}", *settings.missing()]
-    if settings.layercode_api_key and type(agent).admit is Agent.admit:
-        lines.append(
-            "Everyone who reaches /authorize may start calls on your Layercode "
-            "account: override admit() to check who they are."
-        )
-    tunnel = f"cloudflared tunnel --url http://localhost:{settings.port}"
-    lines.append(f"Next: open a tunnel, for instance with {tunnel}")
 
     def when_up(_: str) -> None:
-        # aiohttp calls this once it listens. From now on,
-        # google-genai's 100,000 objects are here to stay. Whenever the garbage
-        # collector looked at them, every caller would wait for 60 ms.
+        # aiohttp calls this once it listens. google-genai's 100,000 objects are here to
+        # stay: whenever the collector looked at them, every caller would wait 60 ms.
         gc.freeze()
-        print(*lines, sep="\n", flush=True)
+        print(f"Up: http://{settings.host}:{settings.port}")
+        for name, why in MISSING.items():
+            if not getattr(settings, name):
+                print(f"{name.upper()} is not set: {why}")
+        if settings.layercode_api_key and type(agent).admit is Agent.admit:
+            print("Everyone who reaches /authorize may start calls on your Layercode")
+            print("account: override admit() to check who they are.")
+        tunnel = f"cloudflared tunnel --url http://localhost:{settings.port}"
+        print(f"Next: open a tunnel, for instance with {tunnel}", flush=True)
 
-    allow_many_files()
+    async def when_stopped(app: web.Application) -> None:
+        if agent.replies:
+            calls = f"{len(agent.replies)} call{'s' * (len(agent.replies) > 1)}"
+            print(f"Finishing {calls}; once more stops at once.", flush=True)
+        # Windows has no such handlers.
+        with contextlib.suppress(NotImplementedError):
+            for one in (signal.SIGINT, signal.SIGTERM):
+                loop = asyncio.get_running_loop()
+                loop.add_signal_handler(one, agent.cut_all_off)
+
     app = agent.make_app()
-    app.cleanup_ctx.append(give_memory_back)
-    for name in ("aiohttp.server", "asyncio"):
-        logging.getLogger(name).addFilter(Brief())
-    web.run_app(
-        app,
-        host=settings.host,
-        port=settings.port,
-        print=when_up,
-        **RUNNER_OPTIONS,
-    )
+    app.on_shutdown.insert(0, when_stopped)
+    sparing = Sparing()
+    refusals.addFilter(sparing)
+    logging.getLogger("aiohttp.server").addFilter(sparing)
+    at: Event = {"host": settings.host, "port": settings.port, "print": when_up}
+    try:
+        web.run_app(app, **at, **RUNNER_OPTIONS)
+    except ConnectionError:
+        # Not the address, but what the agent itself has asked at its start.
+        raise
+    except (OSError, OverflowError) as error:
+        where = f"HOST={settings.host} PORT={settings.port} cannot be listened on"
+        raise SettingsError(f"{where}: {error}. Is it running already?") from None
 
 
 def read_arguments() -> argparse.Namespace:
     """The command line. Exits with a usage line and status 2 if it is wrong."""
-    parser = argparse.ArgumentParser(
-        description="A Layercode voice agent. Without arguments, it is served."
-    )
-    parser.add_argument(
-        "command",
-        nargs="?",
-        choices=["chat"],
-        metavar="chat",
-        help="talk to the agent in the terminal; no API key needed",
-    )
-    parser.add_argument(
-        "url",
-        nargs="?",
-        default="",
-        metavar="URL",
-        help="a webhook's URL: talk to the agent behind it, as Layercode would",
-    )
-    return parser.parse_args()
+    parser = argparse.ArgumentParser(description="Serves a Layercode voice agent.")
+    commands = parser.add_subparsers(dest="command")
+    talk = commands.add_parser("chat", help="talk to the agent in the terminal")
+    url_help = "a webhook's URL: talk to the agent behind it, as Layercode would"
+    talk.add_argument("url", nargs="?", metavar="URL", help=url_help)
+    event_help = """fields for every webhook: '{"custom_metadata": {"name": "Ada"}}'"""
+    talk.add_argument("--event", type=json.loads, default={}, help=event_help)
+    arguments = parser.parse_args()
+    if arguments.command and arguments.url == "":
+        talk.error("the URL is empty")
+    if arguments.command and not isinstance(arguments.event, dict):
+        talk.error("--event is not a JSON object")
+    return arguments
 
 
 def main(agent: type[Agent] = Agent) -> None:
     """Serves the agent, or chats with it, as the command line says.
 
-    A wrong setting, a webhook that cannot be called, and an address that is
-    already in use end it with one line and status 1.
+    A wrong setting, a webhook that cannot be called, and an address that cannot be
+    listened on end it with one line and status 1.
     """
     arguments = read_arguments()
-    program = Path(sys.argv[0]).name
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     try:
         one = agent()
-    except SettingsError as error:
-        sys.exit(f"{program}: {error}")
-    log.setLevel(one.settings.log_level)
-    try:
-        if arguments.command == "chat":
-            if one.settings.log_level == "INFO":
-                # A line for each turn would stand between the words.
-                log.setLevel("WARNING")
-            asyncio.run(chat(one, arguments.url))
-        else:
-            logging.basicConfig(format=LOG_FORMAT)
+        level = one.settings.log_level.upper()
+        if level not in logging.getLevelNamesMapping():
+            raise SettingsError(f"LOG_LEVEL={level} is no level of logging")
+        log.setLevel(level)
+        if arguments.command is None:
             serve(one)
+            return
+        if level == "INFO":
+            # A line for each turn would stand between the words.
+            log.setLevel("WARNING")
+        # Whoever chats may read their own words.
+        details.setLevel("DEBUG")
+        chat(one, arguments.url, arguments.event)
     except KeyboardInterrupt:
-        sys.exit(0)
-    except (CallError, SettingsError) as error:
-        sys.exit(f"{program}: {error}")
-    except OSError as error:
-        address = f"{one.settings.host}:{one.settings.port}"
-        if error.errno == errno.EADDRINUSE:
-            sys.exit(f"{program}: {address} is in use. Is the agent running already?")
-        sys.exit(f"{program}: {error}")
+        pass
+    except SettingsError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
 if __name__ == "__main__":

@@ -1,205 +1,139 @@
-"""Draws the pictures of README.md, from a real chat and from a real page.
+"""Draws the pictures of README.md: a chat in the terminal, and the page in a call.
 
-    python .ci/pictures.py             draws them anew
+    python .ci/pictures.py             draws them anew; needs Chromium
     python .ci/pictures.py --check     fails if they are no longer true
 
-chat.svg is what a terminal shows while somebody talks to README.md's pizza.py: the
-terminal, the agent and the interruption are real, and a script stands in for Gemini.
-page.png is README.md's page in Chromium; it needs what test_browser.py needs.
+chat.svg is what a real terminal shows of README.md's pizza.py; a script stands in for
+Gemini. page.png is README.md's page in Chromium; a script stands in for Layercode's
+SDK. Behind the picture's end is a hash of what the page has shown.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
 import hashlib
 import os
+import pty
 import re
-import struct
+import signal
+import subprocess
 import sys
-import zlib
-from dataclasses import replace
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import aiohttp
+from fakes import Answer, start_gemini
+from served import ROOT, edition
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import recipes
-from test_browser import (
-    ALLOW_MICROPHONE,
-    SETTINGS,
-    SOUND,
-    Browser,
-    Cloud,
-    Pizzeria,
-    chromium,
-    page_of_readme,
-)
-from test_terminal import CTRL_D, Person, sit_down
-
-import agent
-from test_agent import Gemini, Layercode, Stall, served
-
-HERE = Path(agent.__file__).parent
-CHAT = HERE / ".github" / "chat.svg"
-PAGE = HERE / ".github" / "page.png"
-
-# ---- The chat ------------------------------------------------------------------------
-
-SCRIPTS = [
-    ["One large salami. ", "It'll be ready in ", Stall()],
-    ["Two large salami, then. ", "What's the name?"],
-    ["Thank you, Ada. They'll be ready in twenty minutes!"],
+README = ROOT / "README.md"
+CHAT = ROOT / ".github" / "chat.svg"
+PAGE = ROOT / ".github" / "page.png"
+ANSWERS = [
+    Answer(("One large salami. ", "It'll be ready in "), finish=""),
+    Answer(("Two large salami, then. ", "They'll be ready in twenty minutes!")),
 ]
-COLUMNS = 80
-LINE_HEIGHT = 22
-LETTER_WIDTH = 8.43
-MARGIN = 24
-FONTS = "ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"
-# By their ANSI codes: what is typed, and what the agent says.
-COLOURS = {"0": "#e6edf3", "36": "#56d4dd"}
+# What is typed when what is shown: \x03 is Ctrl-C, \x04 Ctrl-D. The last is the end.
+STEPS = [
+    ("\n> ", "A large salami, please.\r"),
+    ("ready in ", "\x03"),
+    ("\n> ", "Make it two!\r"),
+    ("\n> ", "\x04"),
+    ("\0", ""),
+]
+# Stands in for the SDK: it clicks the button, and has a call.
+SDK = """
+export default function (page) {
+  setTimeout(() => document.querySelector("button").click());
+  const say = (turn_id, type, content) => page.onMessage({ turn_id, type, content });
+  function connect() {
+    this.status = "connected";
+    page.onStatusChange("connected");
+    say(1, "response.text", "Luigi's Pizza! What can I get you?");
+    say(2, "user.transcript", "A large salami, please.");
+    page.onDataMessage({ turn_id: 2, content: { "ready in": "20 minutes" } });
+    say(2, "response.text", "One large salami, ready in twenty minutes.");
+    page.onAgentSpeakingChange(true);
+  }
+  return { status: "disconnected", connect };
+}
+"""
+
+
+def block(language: str, words: str) -> str:
+    """The block of README.md in a language that has these words in it."""
+    blocks = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", README.read_text("utf-8"))
+    return next(str(block) for block in blocks if words in block)
 
 
 async def chat() -> str:
     """What a terminal shows of a chat with an interruption in it."""
-    gemini = Gemini()
-    gemini.scripts = list(SCRIPTS)
-    with TemporaryDirectory() as folder:
-        recipes.save("pizza.py", Path(folder))
-        async with served(gemini.app(), handler_cancellation=True) as url:
-            settings = {
-                "PS1": "$ ",
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                "GOOGLE_GENERATIVE_AI_API_KEY": "a key",
-                "GOOGLE_GEMINI_BASE_URL": url,
-            }
-            shell = ("bash", "--norc", "--noprofile", "-i")
-            async with sit_down(*shell, cwd=folder, **settings) as person:
-                await order(person, gemini)
-                return person.shown
+    answers = iter(ANSWERS)
+    gemini = await start_gemini(lambda words: next(answers))
+    settings = {"GOOGLE_GENERATIVE_AI_API_KEY": "key", "GOOGLE_GEMINI_BASE_URL": gemini}
+    with edition("agent.py") as folder:
+        (folder / "pizza.py").write_text(block("python", "pizza.py:"), "utf-8")
+        child, terminal = pty.fork()
+        if child == 0:
+            os.chdir(folder)
+            command = [sys.executable, "pizza.py", "chat"]
+            os.execve(sys.executable, command, {"TERM": "xterm", **settings})
+        return "$ python pizza.py chat\n" + await asyncio.to_thread(order, terminal)
 
 
-async def order(person: Person, gemini: Gemini) -> None:
-    """Starts the agent, orders a pizza, and has a better idea meanwhile."""
-    await person.see("$ ")
-    person.type("python pizza.py chat\r")
-    await person.see("\n> ")
-    person.type("A large salami, please.\r")
-    await person.see("ready in ")
-    # One key is enough to silence the agent.
-    person.type("M")
-    await gemini.until(streams=0)
-    await person.see("\n> M")
-    person.type("ake it two!\r")
-    await person.see("\n> ")
-    person.type("Ada.\r")
-    await person.see("\n> ")
-    person.type(CTRL_D)
-    await person.see("$ ")
+def order(terminal: int) -> str:
+    """Types at a terminal; returns what it shows, without its control sequences."""
+    shown = ""
+    with contextlib.suppress(OSError):
+        for words, keys in STEPS:
+            seen = len(shown)
+            while words not in shown[seen:]:
+                text = os.read(terminal, 65536).decode()
+                shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", text)
+            os.write(terminal, keys.encode())
+    return shown
 
 
 def draw(shown: str) -> str:
-    """A terminal's output as SVG."""
-    # Of the shell's, readline's and the chat's orders only the colours are drawn.
-    shown = re.sub(r"\x1b\[\?2004[hl]|\r", "", shown).removesuffix("\n$ ")
-    lines = shown.split("\n")
-    width = round(COLUMNS * LETTER_WIDTH) + 2 * MARGIN
-    height = (len(lines) + 2) * LINE_HEIGHT + MARGIN // 2
-    drawn = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">',
-        f'<rect width="{width}" height="{height}" rx="10" fill="#0d1117"/>',
-    ]
-    buttons = (28, 48, 68)
-    drawn += [f'<circle cx="{x}" cy="22" r="6" fill="#30363d"/>' for x in buttons]
-    drawn.append(f'<g font-family="{FONTS}" font-size="14" xml:space="preserve">')
-    for number, line in enumerate(lines):
-        spans = ""
-        for colour, text in runs(line):
-            spans += f'<tspan fill="{colour}">{escape(text, quote=False)}</tspan>'
-        y = (number + 2.5) * LINE_HEIGHT
-        drawn.append(f'<text x="{MARGIN}" y="{y:g}">{spans}</text>')
-    return "\n".join([*drawn, "</g>", "</svg>", ""])
+    """What a terminal shows, as SVG."""
+    lines = shown.rstrip().split("\n")
+    height = 22 * len(lines) + 46
+    drawn = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 722 {height}">\n'
+    drawn += f'<rect width="722" height="{height}" rx="10" fill="#0d1117"/>\n'
+    drawn += '<g fill="#e6edf3" font-family="ui-monospace, monospace" font-size="14">\n'
+    for number, line in enumerate(lines, 2):
+        drawn += f'<text x="24" y="{22 * number}">{escape(line, quote=False)}</text>\n'
+    return drawn + "</g>\n</svg>\n"
 
 
-def runs(line: str) -> list[tuple[str, str]]:
-    """The texts of a line that have one colour each, as (colour, text)."""
-    found = []
-    # Text, code, text, code, ..., text.
-    parts = re.split(r"\x1b\[([0-9]*)m", line)
-    codes = ["0", *parts[1::2]]
-    for code, text in zip(codes, parts[::2], strict=True):
-        if text and found and found[-1][0] == COLOURS[code]:
-            found[-1] = (COLOURS[code], found[-1][1] + text)
-        elif text:
-            found.append((COLOURS[code], text))
-    return found
-
-
-# ---- The page ------------------------------------------------------------------------
-
-
-async def photograph() -> bytes:
-    """A picture of README.md's page in a call, as PNG with a note of what it shows."""
-    cloud = Cloud()
-    cloud.script = ["A large salami, please."]
-    # Time enough for a picture while it speaks.
-    cloud.sound = 5 * SOUND
-    with TemporaryDirectory() as profile:
-        async with (
-            served(cloud.app()) as url,
-            served(Pizzeria(replace(SETTINGS, layercode_api_url=url)).make_app()) as us,
-            aiohttp.ClientSession() as http,
-            chromium(Path(profile), ALLOW_MICROPHONE) as browser,
-        ):
-            cloud.show(Layercode(http, us))
-            await browser.command("/url", url=url.replace("127.0.0.1", "localhost"))
-            await browser.click("Start talking")
-            await browser.until("document.querySelector('.data')")
-            await browser.until("document.querySelector('.speaks')")
-            # Otherwise it may be photographed while its light is dim.
-            await browser.run(
-                "document.getAnimations().forEach((one) => one.cancel());"
-            )
-            picture = await browser.screenshot(620, 370)
-            return noted(picture, await note(browser))
-
-
-async def note(browser: Browser) -> str:
-    """What a picture of the page shows, and of which page it is."""
-    words = await browser.run("return document.querySelector('main').innerText;")
-    return f"{hashlib.sha256(page_of_readme().encode()).hexdigest()}\n{words}"
-
-
-def noted(png: bytes, text: str) -> bytes:
-    """A PNG with a note in it, in front of its end."""
-    told = b"iTXtnote\0\0\0\0\0" + text.encode()
-    size = struct.pack(">I", len(told) - 4)
-    check = struct.pack(">I", zlib.crc32(told))
-    end = png.rindex(b"IEND") - 4
-    return png[:end] + size + told + check + png[end:]
-
-
-def note_of(png: bytes) -> str:
-    """The note in a PNG."""
-    start = png.index(b"iTXtnote")
-    size = struct.unpack(">I", png[start - 4 : start])[0]
-    return png[start + 4 : start + 4 + size].partition(b"\0\0\0\0\0")[2].decode()
+def photograph() -> bytes:
+    """A picture of README.md's page in a call, as PNG, and behind it the hash."""
+    sdk = "data:text/javascript;base64," + base64.b64encode(SDK.encode()).decode()
+    page = re.sub(r"https://cdn\.\S+\.esm\.js", sdk, block("html", "js-sdk"))
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "index.html")
+        file.write_text(page.replace('"your-agent-id";', '"agent_1";'), "utf-8")
+        picture = Path(folder, "page.png")
+        command = "chromium --headless --no-sandbox --hide-scrollbars --dump-dom"
+        command += " --virtual-time-budget=2000 --force-device-scale-factor=2"
+        command += f" --window-size=620,370 --screenshot={picture} {file.as_uri()}"
+        shown = subprocess.check_output(command.split(), stderr=subprocess.DEVNULL)
+        return picture.read_bytes() + hashlib.sha256(shown).hexdigest().encode()
 
 
 def main() -> None:
     """Draws the pictures, or checks them."""
+    signal.alarm(60)
     drawn = draw(asyncio.run(chat()))
-    photo = asyncio.run(photograph())
+    photo = photograph()
     if sys.argv[1:] != ["--check"]:
         CHAT.write_text(drawn, "utf-8")
         PAGE.write_bytes(photo)
-        return
-    if CHAT.read_text("utf-8") != drawn:
+    elif CHAT.read_text("utf-8") != drawn:
         sys.exit(f"{CHAT} is not what a terminal shows now:\n{drawn}")
-    if note_of(PAGE.read_bytes()) != note_of(photo):
-        sys.exit(f"{PAGE} is not the page of README.md: {note_of(photo)}")
+    elif PAGE.read_bytes()[-64:] != photo[-64:]:
+        sys.exit(f"{PAGE} is not what README.md's page shows now.")
 
 
 if __name__ == "__main__":

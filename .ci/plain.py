@@ -1,13 +1,14 @@
-"""Checks that agent.py and the Python blocks of README.md read plainly.
+"""Checks that the project is small, and that its Python reads plainly.
 
-python .ci/plain.py
+    python .ci/plain.py
 
-Ruff's rules hold for the blocks as for the files, half of agent.py's lines are short,
-and nearly all of its expressions are typed. Exits with status 1 if not.
+Prints each figure beside its ceiling; ruff's rules hold for README.md's blocks as for
+the files. Exits with status 1 if a figure is over its ceiling.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -16,61 +17,93 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Columns within which half of the lines, and nine in ten of them, are.
-HALF_WITHIN = 45
-MOST_WITHIN = 80
-# Percent of agent.py's expressions that mypy has a type for.
-TYPED = 95.0
+AGENT = (ROOT / "agent.py").read_text("utf-8")
+README = (ROOT / "README.md").read_text("utf-8")
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def python_blocks(readme: str) -> list[str]:
-    """The Python blocks of README.md."""
-    return re.findall(r"(?ms)^```python\n(.*?)^```$", readme)
+def count_code(source: str) -> int:
+    """The lines that are not blank, comments or docstrings."""
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            assert docstring.end_lineno is not None
+            docstrings.update(range(docstring.lineno, docstring.end_lineno + 1))
+    numbered = enumerate(source.splitlines(), 1)
+    code = [line.strip() for number, line in numbered if number not in docstrings]
+    return sum(bool(line) and not line.startswith("#") for line in code)
 
 
-def check_blocks(folder: Path) -> None:
-    """Runs ruff on each block, as a file of its own name beside agent.py."""
+def count_lines(*names: str) -> int:
+    """The lines of some files together."""
+    texts = [(ROOT / name).read_text("utf-8", "replace") for name in names]
+    return sum(len(text.splitlines()) for text in texts)
+
+
+def tracked(folder: str) -> list[str]:
+    """The files of a folder that git has and that are still there."""
+    command = ["git", "ls-files", folder]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    names = listed.stdout.decode().splitlines()
+    return [name for name in names if (ROOT / name).is_file()]
+
+
+def check_blocks(folder: Path, blocks: list[str]) -> int:
+    """Runs ruff on the blocks, as files beside agent.py; returns how often it fails."""
     shutil.copy(ROOT / "agent.py", folder)
     shutil.copy(ROOT / ".ruff.toml", folder)
-    blocks = python_blocks((ROOT / "README.md").read_text("utf-8"))
     for number, block in enumerate(blocks):
-        name = f"block_{number}.py"
-        if block.startswith('"""'):
-            name = block.removeprefix('"""').partition(":")[0]
+        named = re.match(r'"""(\w+\.py):', block)
+        name = named[1] if named else f"block_{number}.py"
         (folder / name).write_text(block, "utf-8")
-    for command in (["check"], ["format", "--check"]):
-        subprocess.run(["ruff", *command, "."], check=True, cwd=folder)
+    commands = ("ruff check .", "ruff format --check .")
+    runs = [subprocess.run(command.split(), cwd=folder) for command in commands]
+    return sum(run.returncode > 0 for run in runs)
 
 
-def check_widths() -> None:
-    """Exits if the lines of agent.py are too wide."""
-    lines = (ROOT / "agent.py").read_text("utf-8").splitlines()
-    widths = sorted(len(line) for line in lines if line.strip())
-    half = widths[len(widths) // 2]
-    most = widths[len(widths) * 9 // 10]
-    print(f"agent.py: {len(widths)} lines, half within {half}, 90 % within {most}")
-    if half > HALF_WITHIN or most > MOST_WITHIN:
-        sys.exit("agent.py has too many wide lines")
-
-
-def check_types(folder: Path) -> None:
-    """Runs mypy, and exits if too few expressions are typed."""
-    command = ["mypy", "--strict", "--any-exprs-report", folder, ROOT / "agent.py"]
-    subprocess.run(command, check=True, cwd=ROOT)
-    report = (folder / "any-exprs.txt").read_text()
-    typed = float(report.rstrip().rpartition(" ")[2].rstrip("%"))
-    print(f"agent.py: {typed} % of the expressions are typed")
-    if typed < TYPED:
-        sys.exit("agent.py has too many expressions without a type")
+def check_types(folder: Path) -> tuple[int, float]:
+    """Whether mypy fails, and the percentage of expressions that it has no type for."""
+    command = ["mypy", "--strict", "--any-exprs-report", str(folder), "agent.py"]
+    status = subprocess.run(command, cwd=ROOT).returncode
+    report = (folder / "any-exprs.txt").read_text().rstrip()
+    return status, round(100 - float(report.rpartition(" ")[2].rstrip("%")), 2)
 
 
 def main() -> None:
-    """Runs all checks."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        check_blocks(folder)
-        check_widths()
-        check_types(folder)
+    """Prints all figures, and exits with status 1 if one is over its ceiling."""
+    fences = re.findall(r"(?ms)^```(\w*).*?\n(.*?)^```", README)
+    talk: list[int] = []
+    others: list[int] = []
+    for _, block in fences:
+        kind = talk if block.startswith('"""talk.py:') else others
+        kind.append(block.count("\n"))
+    widths = sorted(len(line) for line in AGENT.splitlines() if line.strip())
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        blocks = [block for name, block in fences if name == "python"]
+        ruff_failures = check_blocks(Path(one), blocks)
+        mypy_failures, untyped = check_types(Path(other))
+    figures: list[tuple[str, float, float]] = [
+        ("agent.py, lines", count_lines("agent.py"), 1150),
+        ("agent.py, lines of code", count_code(AGENT), 800),
+        ("agent.py, columns of half of the lines", widths[len(widths) // 2], 48),
+        ("agent.py, columns of nine in ten", widths[len(widths) * 9 // 10], 80),
+        ("agent.py, % of expressions without a type", untyped, 5),
+        ("README.md's blocks, failures of ruff", ruff_failures, 0),
+        ("agent.py, failures of mypy", mypy_failures, 0),
+        ("README.md, lines", count_lines("README.md"), 900),
+        ("README.md, lines in fences", sum(talk + others), 600),
+        ("README.md, lines of talk.py", max(talk, default=0), 140),
+        ("README.md, lines of the longest other", max(others), 80),
+        ("test_agent.py, lines", count_lines("test_agent.py"), 1500),
+        (".ci, lines of all files", count_lines(*tracked(".ci")), 2500),
+    ]
+    for name, figure, ceiling in figures:
+        verdict = "over" if figure > ceiling else ""
+        print(f"{name:45}{figure:>8}{ceiling:>8} {verdict}".rstrip())
+    print("agent.py, lines with Any:", len(re.findall(r"(?m)^.*\bAny\b", AGENT)))
+    if any(figure > ceiling for _, figure, ceiling in figures):
+        sys.exit("Something is over its ceiling.")
 
 
 if __name__ == "__main__":

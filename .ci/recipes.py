@@ -1,6 +1,7 @@
 """The recipes of README.md, taken out of it as they stand.
 
-A recipe is a python block whose docstring begins with the name of its file.
+A recipe is a block whose docstring begins with the name of its file; the page is the
+block of HTML.
 """
 
 from __future__ import annotations
@@ -18,31 +19,41 @@ AGENT = Path(agent.__file__)
 README = AGENT.with_name("README.md")
 
 
-def block(file_name: str) -> str:
-    """The python block of README.md whose docstring begins with this name."""
+def blocks(language: str) -> list[str]:
+    """README.md's blocks in a language; "" has those that are in none."""
     readme = README.read_text("utf-8")
-    for source in re.findall(r"(?ms)^```python\n(.*?)^```$", readme):
-        if source.startswith(f'"""{file_name}:'):
-            return str(source)
+    found = re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", readme)
+    return [source for name, source in found if name == language]
+
+
+def block(file_name: str) -> str:
+    """The block of README.md that is to be saved under this name."""
+    if file_name == "index.html":
+        [page] = blocks("html")
+        return page
+    for source in blocks("python"):
+        if source.startswith(f'"""{file_name}: '):
+            return source
     raise LookupError(f"README.md has no block that begins with {file_name}")
 
 
 def save(file_name: str, folder: Path) -> Path:
-    """Saves a recipe in a folder, beside a copy of agent.py, to run it from there."""
+    """Saves a recipe in a folder, beside agent.py and pizza.py, to be run there."""
     shutil.copy(AGENT, folder)
-    file = folder / file_name
-    file.write_text(block(file_name), "utf-8")
-    return file
+    for name in ("pizza.py", file_name):
+        (folder / name).write_text(block(name), "utf-8")
+    return folder / file_name
 
 
 def load(file_name: str, folder: Path) -> ModuleType:
     """Saves a recipe in a folder and imports it; it imports the tests' own agent.py."""
-    file = save(file_name, folder)
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Where dataclasses and typing look for it.
-    sys.modules[file.stem] = module
-    spec.loader.exec_module(module)
+    save(file_name, folder)
+    for name in ("pizza.py", file_name):
+        spec = importlib.util.spec_from_file_location(Path(name).stem, folder / name)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        # Where dataclasses and other recipes look for it.
+        sys.modules[module.__name__] = module
+        spec.loader.exec_module(module)
     return module

@@ -1,0 +1,119 @@
+"""What the measurements share: a Gemini that tells the time, and callers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import json
+import re
+import time
+from asyncio import StreamReader, StreamWriter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+SECRET = "a webhook secret"
+# Seconds that a caller waits for an answer.
+PATIENCE = 30.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What Gemini does when it is asked. A {} in a chunk is the time of its sending."""
+
+    chunks: tuple[str, ...] = ("Now at {:f}, ", "now at {:f}.")
+    # Without a reason, the stream stays open.
+    finish: str = "STOP"
+    # Seconds to the first chunk, and between two.
+    after: float = 0
+    pace: float = 0
+    # With 0, the connection is reset in place of the first chunk.
+    status: int = 200
+
+    async def write(self, writer: StreamWriter) -> None:
+        """Writes it, as Gemini does."""
+        head = f"HTTP/1.1 {self.status or 200} -\r\nTransfer-Encoding: chunked\r\n\r\n"
+        writer.write(head.encode())
+        if not self.status:
+            writer.transport.abort()
+        for number, words in enumerate(self.chunks):
+            await asyncio.sleep(self.pace if number else self.after)
+            parts = [{"text": words.format(time.perf_counter())}]
+            candidate: dict[str, object] = {"content": {"parts": parts}}
+            if number == len(self.chunks) - 1 and self.finish:
+                candidate["finishReason"] = self.finish
+            data = f"data: {json.dumps({'candidates': [candidate]})}\r\n\r\n".encode()
+            writer.write(b"%x\r\n%s\r\n" % (len(data), data))
+        await asyncio.sleep(0 if self.finish else 60)
+        writer.write(b"0\r\n\r\n")
+
+
+async def start_gemini(plan: Callable[[str], Answer]) -> str:
+    """Serves a Gemini that answers a caller's words as planned; returns its URL."""
+
+    async def take(reader: StreamReader, writer: StreamWriter) -> None:
+        with contextlib.suppress(OSError, EOFError, asyncio.CancelledError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"(?i)content-length: (\d+)", head)
+                if length is None:
+                    # The agent looks the model up, which is how it connects.
+                    writer.write(b"HTTP/1.1 200 -\r\nContent-Length: 2\r\n\r\n{}")
+                    continue
+                body = json.loads(await reader.readexactly(int(length[1])))
+                words = body["contents"][-1]["parts"][-1]["text"]
+                await plan(words).write(writer)
+        writer.close()
+
+    server = await asyncio.start_server(take, "127.0.0.1", 0, backlog=4096)
+    return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+@dataclass
+class Heard:
+    """What a caller hears of an answer."""
+
+    # Seconds since the webhook.
+    first_word: float = PATIENCE
+    # Seconds of each chunk since Gemini has sent it. An apology has none.
+    delays: list[float] = field(default_factory=list)
+    # Whether it came to its end.
+    is_whole: bool = False
+
+
+@dataclass
+class Caller:
+    """A caller in one conversation, with a connection of their own."""
+
+    port: int
+    conversation: str
+
+    async def connect(self) -> None:
+        """Opens the connection."""
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
+
+    async def say(self, text: str) -> Heard:
+        """Says something, as Layercode would, and listens until the answer is over."""
+        event = {"type": "message", "text": text, "turn_id": str(time.time_ns())}
+        body = json.dumps({**event, "conversation_id": self.conversation}).encode()
+        now = str(int(time.time()))
+        signed = now.encode() + b"." + body
+        signature = hmac.new(SECRET.encode(), signed, hashlib.sha256).hexdigest()
+        head = f"POST /agent HTTP/1.1\r\nHost: agent\r\nContent-Length: {len(body)}\r\n"
+        head += f"layercode-signature: t={now},v1={signature}\r\n\r\n"
+        heard = Heard()
+        begun = time.perf_counter()
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(PATIENCE):
+                self.writer.write(head.encode() + body)
+                async for line in self.reader:
+                    when = time.perf_counter()
+                    if b'"response.tts"' in line:
+                        heard.first_word = min(heard.first_word, when - begun)
+                    for sent in re.findall(rb"at (\d+\.\d+)", line):
+                        heard.delays.append(when - float(sent))
+                    if b'"response.end"' in line:
+                        heard.is_whole = True
+                        break
+        return heard
