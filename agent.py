@@ -33,6 +33,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import fnmatch
 import gc
 import hashlib
@@ -57,13 +58,13 @@ from collections.abc import (
     Awaitable,
     Callable,
     Coroutine,
-    Iterator,
     Sequence,
 )
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
+from urllib.error import HTTPError
+from urllib.request import OpenerDirector
 
 import aiohttp
 import certifi
@@ -149,7 +150,7 @@ RUNNER_OPTIONS: dict[str, Any] = {
 
 
 class SettingsError(ValueError):
-    """A setting is wrong; the message names it."""
+    """A setting, or a URL to chat with, is wrong; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ class Agent:
         yield self.welcome_back if has_spoken else self.greeting
 
     def reply(self, event: Event, history: list[Turn]) -> Speech:
-        """The answer to the last turn of the history: yours is an async def that yields.
+        """The answer to the last turn; yours is an async def that yields.
 
         A str is spoken the moment it is yielded; a dict is an event for Layercode,
         such as {"type": "response.data", "content": ...} for the page. When the caller
@@ -302,7 +303,7 @@ class Agent:
         return None
 
     async def admit(self, request: web.Request, session: Event) -> object:
-        """Decides who may start a call: raise web.HTTPForbidden(reason="...") to refuse.
+        """Decides who may call: raise web.HTTPForbidden(reason="...") to refuse.
 
         `session` is what Layercode will be told; of the page's own words it has only
         agent_id, conversation_id, metadata and sdk_version. Add custom_metadata, which
@@ -321,8 +322,8 @@ class Agent:
 
         `config` is google-genai's, and goes before the defaults here, but functions in
         it are never called: see tools(). If no chunk has_words(), Gemini is asked once
-        more: see ask_twice(). Use it with contextlib.aclosing(), so that an interruption
-        ends it. Raises ModelError, aiohttp's errors, and RuntimeError without a key.
+        more: see ask_twice(). Use it with contextlib.aclosing(), so that a hang-up ends
+        it. Raises ModelError, aiohttp's errors, and RuntimeError without a key.
         """
         gemini = self.gemini
         if gemini is None:
@@ -333,7 +334,7 @@ class Agent:
         return ask_twice(lambda: gemini.ask(request), has_words or speaks, after)
 
     def make_app(self) -> web.Application:
-        """The aiohttp application, to run with RUNNER_OPTIONS, or to mount in another."""
+        """The aiohttp application, to run with RUNNER_OPTIONS, or to mount."""
         server = Server(self)
         app = web.Application(middlewares=[server.guard])
         app.router.add_get("/", server.show)
@@ -435,8 +436,8 @@ class Histories:
     """What was said in each conversation, in memory.
 
     A store of your own overrides both methods; load() must show what was recorded
-    before. If they fail before an answer, or take longer than Agent.patience, the caller
-    hears the apology; after it, or when a tool runs, only the log tells.
+    before. If they fail before an answer, or take longer than Agent.patience, the
+    caller hears the apology; after it, or when a tool runs, only the log tells.
     """
 
     def __init__(self) -> None:
@@ -495,15 +496,15 @@ class Server:
 
     @web.middleware
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Turns strangers away, and logs refusals, and errors without their messages."""
+        """Turns strangers away; logs refusals, and errors without messages."""
         asked = f"{request.method} {request.path[:60]!r}"
         origin = request.headers.get("Origin", "")
         if origin:
             asked += f" from a page of {origin[:80]!r}"
         try:
             if "Transfer-Encoding" in request.headers:
-                # A body in chunks of one byte would keep all callers waiting. Layercode,
-                # browsers and proxies send a Content-Length.
+                # Bodies in chunks of one byte would keep all callers waiting.
+                # Layercode, browsers and proxies send a Content-Length.
                 raise web.HTTPLengthRequired(reason="a Content-Length is needed")
             if origin and not self.is_allowed(origin):
                 reason = (
@@ -514,9 +515,11 @@ class Server:
         except web.HTTPException as answer:
             if answer.status >= 400:
                 refusals.warning("%s: %d %s", asked, answer.status, answer.reason)
+            if not request.content.is_eof():
+                answer.force_close()
             raise
         except BaseException as error:
-            if is_cut_off():
+            if is_cut_off() and isinstance(error, asyncio.CancelledError):
                 # The client has gone.
                 raise
             log.error("%s failed: %s", asked, cause(error))
@@ -558,7 +561,7 @@ class Server:
         signature = request.headers.get("layercode-signature", "")
         # Before the body is read, so that strangers' bodies take no memory.
         if not signed_at(signature):
-            reason = "layercode-signature is missing or not of now: is the clock right?"
+            reason = "the header layercode-signature is missing, or the clock is wrong"
             raise web.HTTPUnauthorized(reason=reason)
         body = await read_body(request, MAX_BODY)
         if not verify(signature, body, secret):
@@ -588,8 +591,8 @@ class Server:
             async with asyncio.timeout(NOTICE_PATIENCE):
                 return web.json_response(await self.agent.notice(event) or {})
         except BaseException as error:
-            outcome = "was cut off" if is_cut_off() else "failed"
-            log.error("%s %s in notice(): %s", name_of_task(), outcome, cause(error))
+            why = "it was cut off by the stop" if is_cut_off() else cause(error)
+            log.error("%s failed in notice(): %s", name_of_task(), why)
             return web.Response(status=500, reason="see the agent's log")
 
     async def authorize(self, request: web.Request) -> web.Response:
@@ -598,9 +601,9 @@ class Server:
         settings = self.agent.settings
         if not settings.layercode_api_key:
             raise web.HTTPInternalServerError(reason="LAYERCODE_API_KEY is not set")
-        # The page's fields are copied one by one, because Layercode would take others,
-        # too: with a config, a visitor could have the session call a webhook and a model
-        # of their own.
+        # The page's fields are copied one by one, because Layercode would take
+        # others, too: with a config, a visitor could have the session call a
+        # webhook and a model of their own.
         session = {"agent_id": text_of(page, "agent_id", "pipeline_id")}
         if settings.layercode_agent_id not in ("", session["agent_id"]):
             raise web.HTTPForbidden(reason="agent_id is not LAYERCODE_AGENT_ID")
@@ -613,7 +616,7 @@ class Server:
         if isinstance(refusal, web.HTTPException):
             raise refusal
         if refusal is not None:
-            raise web.HTTPForbidden(reason="admit() has returned something")
+            raise web.HTTPForbidden(reason="admit() has refused")
         return await self.ask_layercode(session)
 
     async def ask_layercode(self, session: Event) -> web.Response:
@@ -623,7 +626,13 @@ class Server:
             f"{settings.layercode_api_url.rstrip('/')}/v1/agents/web/authorize_session"
         )
         headers = {"Authorization": f"Bearer {settings.layercode_api_key}"}
-        options: Event = {"json": session, "headers": headers, "allow_redirects": False}
+        headers["Content-Type"] = "application/json"
+        try:
+            data = json.dumps(session, allow_nan=False).encode()
+        except (RecursionError, ValueError):
+            reason = "metadata is nested too deeply, or NaN"
+            raise web.HTTPBadRequest(reason=reason) from None
+        options: Event = {"data": data, "headers": headers, "allow_redirects": False}
         body = b""
         try:
             async with asyncio.timeout(AUTHORIZE_PATIENCE):
@@ -632,12 +641,11 @@ class Server:
                         body += piece
                         if len(body) > MAX_BODY:
                             raise web.HTTPBadGateway(
-                                reason="Layercode's answer is endless"
+                                reason="Layercode's answer does not end"
                             )
-        except RecursionError:
-            raise web.HTTPBadRequest(reason="metadata is nested too deeply") from None
         except TimeoutError:
-            raise web.HTTPGatewayTimeout(reason="Layercode does not answer") from None
+            reason = f"Layercode did not answer within {AUTHORIZE_PATIENCE:g} s"
+            raise web.HTTPGatewayTimeout(reason=reason) from None
         except aiohttp.ClientError as error:
             reason = f"Layercode could not be reached: {type(error).__name__}"
             raise web.HTTPBadGateway(reason=reason) from None
@@ -666,10 +674,6 @@ def reason_of(status: int, body: bytes) -> str:
     if not isinstance(error, str):
         raise web.HTTPBadGateway(reason=f"Layercode answered {status}")
     return " ".join(re.sub(r"[^ -~]", " ", error).split())[:200]
-
-
-class GoneError(ConnectionError):
-    """Layercode has dropped the connection, or has stopped reading."""
 
 
 class Reply:
@@ -719,16 +723,16 @@ class Reply:
     async def run(self) -> web.StreamResponse:
         """Speaks the answer, and records what became of it, whatever happens."""
         try:
-            await self.response.prepare(self.request)
             await self.speak()
-        except ConnectionError:
-            # Layercode has gone: there is nobody to tell.
-            pass
+        except asyncio.CancelledError:
+            # The caller interrupts, or the connection is gone already.
+            if self.request.transport is not None:
+                self.request.transport.abort()
         finally:
             level = logging.WARNING if "failed" in self.outcome else logging.INFO
-            figures = f"first_word={self.first_word or 'none'} total={self.time()}"
-            line = f"{name_of_task()} {self.outcome} {figures} chunks={self.chunks}"
-            log.log(level, "%s", line)
+            line = f"{name_of_task()} {self.outcome} "
+            line += f"first_word={self.first_word or 'none'} total={self.time()} "
+            log.log(level, "%s", f"{line}chunks={self.chunks}")
             await self.end()
         return self.response
 
@@ -736,9 +740,8 @@ class Reply:
         """Writes the answer, or the apology if it fails, and response.end."""
         outcome = "spoken"
         try:
+            await self.response.prepare(self.request)
             await self.say_all()
-        except GoneError:
-            raise
         except BaseException as error:
             # A reply that is cut off says nothing more, whatever its code raises.
             if not is_cut_off():
@@ -747,7 +750,7 @@ class Reply:
             elif self.agent.is_stopping:
                 outcome = "cut off by the stop"
             else:
-                raise self.gone() from error
+                raise asyncio.CancelledError from error
         await self.write({"type": "response.end"})
         self.outcome = outcome
         self.turn.finished = not is_cut_off()
@@ -755,7 +758,7 @@ class Reply:
     async def say_all(self) -> None:
         """Writes the pieces of the answer the moment they come."""
         patience = self.agent.patience
-        now = asyncio.get_running_loop().time
+        loop = asyncio.get_running_loop()
         try:
             # To the caller, a slow store and a silent model are the same.
             async with asyncio.timeout(patience) as wait:
@@ -766,10 +769,11 @@ class Reply:
                         await self.say(piece)
                         # However many come at once, other callers are served between.
                         await asyncio.sleep(0)
-                        wait.reschedule(now() + patience)
+                        wait.reschedule(loop.time() + patience)
         except TimeoutError as error:
             if wait.expired():
-                raise LoggedError(f"nothing came for {patience:g} s") from error
+                why = f"TimeoutError: nothing came for {patience:g} s"
+                raise LoggedError(why) from error
             raise
         await self.write_words(self.plain.add("", is_end=True))
         if not self.has_answered:
@@ -818,7 +822,7 @@ class Reply:
         if not isinstance(facts["heard"], str):
             # Nobody knows how much was heard: what was written stands.
             facts = {"finished": False}
-        if turn_id in turns:
+        if turn_id in list(turns):
             turns[turn_id] = dataclasses.replace(turns[turn_id], **facts)
             await self.agent.histories.record(self.key[0], turn_id, **facts)
 
@@ -843,7 +847,7 @@ class Reply:
         return speech
 
     async def say(self, piece: str | Event) -> None:
-        """Writes one piece. Raises GoneError, and LoggedError for what is no piece."""
+        """Writes one piece. Raises LoggedError for what is none."""
         try:
             if isinstance(piece, str):
                 await self.write_words(self.plain.add(piece))
@@ -861,11 +865,11 @@ class Reply:
             ValueError,
         ) as error:
             kind = type(piece).__name__
-            what = f"{self.place} yields a {kind} that is no str and no event as JSON"
-            raise LoggedError(f"{what}: {error}") from None
+            what = f"yields a {kind}: it must be a str or an event as JSON"
+            raise LoggedError(f"{self.place} {what}: {error}") from None
 
     async def write_words(self, words: str) -> None:
-        """Writes words, if there are any; they count as spoken. Raises GoneError."""
+        """Writes words, if there are any; they count as spoken."""
         if words:
             await self.write({"type": "response.tts", "content": words})
             self.turn.spoken += words
@@ -875,22 +879,17 @@ class Reply:
             self.first_word = self.first_word or self.time()
 
     async def write(self, event: Event) -> None:
-        """Writes a frame. Raises GoneError if Layercode does not take it."""
+        """Writes a frame. If Layercode does not take it, this ends the reply."""
         frame = json.dumps({**event, "turn_id": self.key[1]}, allow_nan=False)
         try:
             async with asyncio.timeout(WRITE_PATIENCE):
                 await self.response.write(f"data: {frame}\n\n".encode())
-        except ConnectionError:
-            raise self.gone() from None
-        except TimeoutError:
-            self.outcome = "interrupted: Layercode has stopped reading"
-            raise self.gone() from None
-
-    def gone(self) -> GoneError:
-        """Drops the connection, if it is still there; returns what to raise."""
-        if self.request.transport is not None:
-            self.request.transport.abort()
-        return GoneError()
+        except (ConnectionError, TimeoutError) as error:
+            if isinstance(error, TimeoutError):
+                self.outcome = "interrupted: Layercode has stopped reading"
+            cut_off(self.task)
+            # Here the CancelledError comes.
+            await asyncio.sleep(0)
 
     async def apologize(self, error: BaseException) -> None:
         """Says the apology, after what was said before the error."""
@@ -933,7 +932,7 @@ async def record(agent: Agent, key: tuple[str, str], facts: Event) -> None:
 
 
 async def read_body(request: web.Request, limit: int) -> bytes:
-    """A request's body as it was sent. Raises HTTPException for one that is not taken."""
+    """A request's body as it was sent. Raises HTTPException."""
     if "Content-Encoding" in request.headers:
         raise web.HTTPUnsupportedMediaType(reason="a compressed body is not taken")
     size = request.content_length or 0
@@ -943,7 +942,8 @@ async def read_body(request: web.Request, limit: int) -> bytes:
         async with asyncio.timeout(BODY_PATIENCE):
             return await request.read()
     except TimeoutError:
-        raise web.HTTPRequestTimeout(reason="the body does not end") from None
+        reason = f"the body did not end within {BODY_PATIENCE:g} s"
+        raise web.HTTPRequestTimeout(reason=reason) from None
     except web.RequestPayloadError:
         raise web.HTTPBadRequest(reason="the body does not match its headers") from None
 
@@ -966,7 +966,7 @@ def clean(text: str) -> str:
 
 
 def text_of(event: Event, name: str, older_name: str = "") -> str:
-    """The text under a name, or an older one. Raises HTTPBadRequest if there is none."""
+    """The text under a name, or an older one. Raises HTTPBadRequest."""
     value = event.get(name)
     if value in (None, ""):
         value = event.get(older_name)
@@ -981,12 +981,12 @@ def text_of(event: Event, name: str, older_name: str = "") -> str:
 # interruption, which models copy. Arithmetic stays: 2*3, 5 * 3, 2**3.
 MARKS = re.compile(
     # At the start of a line: a heading, a quotation, a list.
-    r"(?<=\n)[ \t]*(?:#{1,6} |> ?|[-*+] )"
+    r"(?!\A)(?:(?<=\n)[ \t]*(?:#{1,6} |> ?|[-*+] )"
     # A link, of which the text stays.
     r"|\[(?i:interrupted)\]|\[(?P<text>[^\[\]\n]*)\]\([^()\s]*\)"
     # Code, bold, emphasis.
     r"|`+|(?<!\d)\*{2,}|\*{2,}(?!\d)|__+"
-    r"|(?<![\w*])[*_](?![\s*_])|(?<![\s*_])[*_](?![\w*])"
+    r"|(?<![\w*])[*_](?![\s*_])|(?<![\s*_])[*_](?![\w*]))"
 )
 # An end of which only what follows tells whether it is a mark.
 OPEN_END = re.compile(
@@ -996,14 +996,11 @@ OPEN_END = re.compile(
 
 
 class Plain:
-    """Takes the marks that are not to be read aloud out of words that come in pieces.
-
-    What can be spoken is given back at once; only an end that may be the beginning of a
-    mark waits for what follows.
-    """
+    """Takes the marks that are not to be read aloud out of words in pieces."""
 
     # The last character that was taken: whether a mark begins depends on it.
     before = "\n"
+    # What may be the beginning of a mark waits for what follows.
     held = ""
 
     def add(self, words: str, is_end: bool = False) -> str:
@@ -1013,12 +1010,8 @@ class Plain:
         self.held = end[0] if end and not is_end else ""
         text = text.removesuffix(self.held)
         self.before = text[-1]
-        plain = ""
-        start = 1
-        for mark in MARKS.finditer(text, start):
-            plain += text[start : mark.start()] + (mark["text"] or "")
-            start = mark.end()
-        return plain + text[start:]
+        # What stood before was spoken already.
+        return MARKS.sub(r"\g<text>", text)[1:]
 
 
 # ---- The signature -------------------------------------------------------------------
@@ -1038,8 +1031,8 @@ def sign(body: bytes, secret: str, timestamp: str = "") -> str:
 def verify(header: str, body: bytes, secret: str) -> bool:
     """Whether the header signs the body, and did so within TOLERANCE seconds.
 
-    The body is the bytes as they were received: the same JSON, parsed and written again,
-    may have other bytes. While a secret is being rotated, there are several v1
+    The body is the bytes as they were received: the same JSON, parsed and written
+    again, may have other bytes. While a secret is being rotated, there are several v1
     signatures, of which one must be right.
     """
     timestamp = signed_at(header)
@@ -1086,66 +1079,52 @@ async def ask_twice(
 ) -> Stream[T, None]:
     """Yields what ask() yields, and calls ask() once more if no word has come.
 
-    That is after ask_again_after seconds without a piece that has_words(), or at once
-    when the first request fails. The two then race, so that a model that is always slow
-    is not made slower; the first to speak wins, and the other one is cancelled. If
-    neither speaks, raises the error of the one that failed last.
+    That is after ask_again_after seconds without a piece that has_words(), or at
+    once when the first request fails. The two then race, so that a model that is
+    always slow is not made slower; the first to speak wins, and the other one is
+    cancelled. If both fail, raises the error of the second.
     """
-    requests = []
+    async with contextlib.AsyncExitStack() as requests:
 
-    async def first() -> tuple[list[T], Stream[T, None]]:
-        request = ask()
-        requests.append(request)
-        opening = []
-        async for piece in request:
-            opening.append(piece)
-            if has_words(piece):
-                return opening, request
-            # However many have no words, other callers are served in between.
-            await asyncio.sleep(0)
-        raise ModelError("no words")
+        async def begin() -> tuple[list[T], Stream[T, None]]:
+            closing = contextlib.aclosing(ask())
+            request = await requests.enter_async_context(closing)
+            opening = []
+            async for piece in request:
+                opening.append(piece)
+                if has_words(piece):
+                    return opening, request
+                # However many have no words, others are served in between.
+                await asyncio.sleep(0)
+            raise ModelError("no words")
 
-    async def second() -> tuple[list[T], Stream[T, None]]:
-        await asyncio.wait([tasks[0]], timeout=ask_again_after)
-        why = f"no word in {ask_again_after:g} s"
-        if tasks[0].done():
-            error = tasks[0].exception()
-            if error is None or (isinstance(error, ModelError) and error.final):
-                return await tasks[0]
-            why = cause(error)
-        log.info("%s asks the model twice: %s", name, why)
-        return await first()
-
-    name = name_of_task()
-    tasks = [asyncio.create_task(first())]
-    tasks.append(asyncio.create_task(second()))
-    try:
-        opening, request = await first_to_succeed(tasks)
+        tasks = [asyncio.create_task(begin())]
+        try:
+            done, _ = await asyncio.wait(tasks, timeout=ask_again_after)
+            slow = ModelError(f"no word in {ask_again_after:g} s")
+            failure = tasks[0].exception() if done else slow
+            is_final = isinstance(failure, ModelError) and failure.final
+            if failure and not is_final:
+                why = cause(failure)
+                log.info("%s asks the model twice: %s", name_of_task(), why)
+                tasks.append(asyncio.create_task(begin()))
+            opening, request = await first_to_succeed(tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         for piece in opening:
             yield piece
         async for piece in request:
             yield piece
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for request in requests:
-            await request.aclose()
 
 
 async def first_to_succeed(tasks: list[asyncio.Task[T]]) -> T:
-    """The first result; cancels the rest. Raises the last error if there is none."""
-    failure = Exception()
+    """The first result of some tasks. If all fail, raises the last one's error."""
     for next_one in asyncio.as_completed(tasks):
-        try:
-            result = await next_one
-        except Exception as error:
-            failure = error
-        else:
-            for task in tasks:
-                task.cancel()
-            return result
-    raise failure
+        with contextlib.suppress(Exception):
+            return await next_one
+    return await tasks[-1]
 
 
 class Gemini:
@@ -1156,6 +1135,8 @@ class Gemini:
         from google import genai
         from google.genai.types import HttpOptions, HttpRetryOptions
 
+        # Left alone, it warns of other keys, and of each part that is no text.
+        logging.getLogger("google_genai").setLevel("ERROR")
         # Left alone, it sleeps for seconds and asks again: see ask_twice().
         retry = HttpRetryOptions(attempts=1)
         options = HttpOptions(aiohttp_client=http, retry_options=retry)
@@ -1204,28 +1185,28 @@ class Gemini:
         Raises ModelError for one that is blocked or incomplete, and for Gemini's own
         errors; aiohttp's errors pass.
         """
-        stream = self.models.generate_content_stream
-        is_over = False
+        patience = None
         try:
             # The contents are in the request.
-            chunks = await stream(model=self.model, contents={}, config=request)
+            chunks = await self.models.generate_content_stream(
+                model=self.model, contents={}, config=request
+            )
             try:
                 while True:
-                    async with asyncio.timeout(
-                        STREAM_END_PATIENCE if is_over else None
-                    ):
-                        chunk = await anext(chunks, None)
-                    if chunk is None:
-                        break
-                    is_over = is_last(chunk) or is_over
+                    async with asyncio.timeout(patience):
+                        chunk = await anext(chunks)
+                    if is_last(chunk):
+                        patience = STREAM_END_PATIENCE
                     yield chunk
+            except (StopAsyncIteration, TimeoutError):
+                if patience is None:
+                    raise ModelError(
+                        "the answer broke off without a finish reason"
+                    ) from None
             finally:
                 await let_go(chunks)
         except Exception as error:
-            if not (is_over and isinstance(error, TimeoutError)):
-                raise self.explain(error) from None
-        if not is_over:
-            raise ModelError("the answer broke off without a finish reason")
+            raise self.explain(error) from None
 
     def explain(self, error: Exception) -> Exception:
         """An error of Gemini's as the log may tell it: no message, but what to do."""
@@ -1237,13 +1218,15 @@ class Gemini:
         model = f"GEMINI_MODEL={self.model}"
         hints = {
             "'code': 404": f"is {model} right?",
-            "API_KEY_INVALID": "is GOOGLE_GENERATIVE_AI_API_KEY right?",
-            "ocation is not supported": "Gemini is not offered where this server runs",
-            "nstruction is not enabled": f"{model} takes no persona: choose another",
-            "hinking": f"does GEMINI_THINKING={self.thinking} suit {model}?",
+            "api_key_invalid": "is GOOGLE_GENERATIVE_AI_API_KEY right?",
+            "location is not supported": "Gemini is not offered where this server "
+            "runs: run it in another country",
+            "instruction is not enabled": f"{model} takes no persona: choose a Gemini",
+            "thinking": f"does GEMINI_THINKING={self.thinking} suit {model}?",
         }
-        advice = [hint for words, hint in hints.items() if words in str(error.details)]
-        told = ": ".join([told, *advice[:1]])
+        for words, hint in hints.items():
+            if words in str(error.details).lower():
+                told += f": {hint}"
         return ModelError(told, final=error.code in (400, 401, 403, 404, 429))
 
 
@@ -1251,11 +1234,12 @@ def is_last(chunk: Chunk) -> bool:
     """Whether a chunk ends the answer as it should. Raises ModelError if not so."""
     feedback = chunk.prompt_feedback
     if feedback and feedback.block_reason:
-        raise BlockedError(f"Gemini blocked the prompt: {feedback.block_reason}", True)
-    reason = chunk.candidates[0].finish_reason if chunk.candidates else None
-    if reason and reason.name not in ("STOP", "MAX_TOKENS"):
-        raise ModelError(f"Gemini ended the answer: {reason.name}")
-    return reason is not None
+        reason = feedback.block_reason.name
+        raise BlockedError(f"Gemini blocked the prompt: {reason}", True)
+    end = chunk.candidates[0].finish_reason if chunk.candidates else None
+    if end and end.name not in ("STOP", "MAX_TOKENS"):
+        raise ModelError(f"Gemini ended the answer: {end.name}")
+    return end is not None
 
 
 async def let_go(chunks: AsyncIterator[Chunk]) -> None:
@@ -1273,15 +1257,8 @@ async def let_go(chunks: AsyncIterator[Chunk]) -> None:
 
 
 def speaks(chunk: Chunk) -> bool:
-    """Whether a chunk has words, or calls a tool."""
-    has_call = any(part.function_call for part in chunk.parts or [])
-    return has_call or has_letters("".join(spoken_in(chunk)))
-
-
-def spoken_in(chunk: Chunk) -> list[str]:
-    """The words in a chunk's parts; there are none in a thought."""
-    parts = chunk.parts or []
-    return [part.text for part in parts if part.text and not part.thought]
+    """Whether a chunk has words to read aloud, beside marks, or calls a tool."""
+    return bool(chunk.function_calls) or has_letters(chunk.text or "")
 
 
 def has_letters(words: str) -> bool:
@@ -1311,43 +1288,45 @@ TAKES_LONG = {"error": "It takes too long. It may still be done."}
 class Answer:
     """Gemini's answer to a turn, with the tools that it calls on the way.
 
-    How a tool is called once: its call is recorded before it begins, and it runs in a
-    task of its own, which a hang-up does not end. A webhook that is delivered again
-    waits for that task, and Gemini is shown what it gave.
+    How a tool is called once: its call is recorded before it begins, and it
+    runs in a task of its own, which a hang-up does not end. A webhook that is
+    delivered again waits for that task, and Gemini is shown what it gave.
     """
 
     def __init__(self, agent: Agent, event: Event, history: list[Turn]) -> None:
         self.agent = agent
-        self.key = (event["conversation_id"], event["turn_id"])
         self.history = history
+        self.key = (event["conversation_id"], event["turn_id"])
         self.tools = {tool.__name__: tool for tool in agent.tools(event)}
+        # What the history knows of the calls: the words are elsewhere in it.
+        self.recorded = list(history[-1].done)
         # Whether words were said, or an event of a tool's was sent.
         self.has_answered = False
         self.hang_ups: list[Event] = []
+        self.name = name_of_task()
 
     async def speak(self) -> Speech:
         """Yields the words of the answer, and what the tools have for the page."""
         is_filled = False
         for rounds_left in reversed(range(MAX_ROUNDS + 1)):
-            parts: list[Event] = []
+            parts: list[Part] = []
             words = ""
-            # Words before a call and nothing after it are an answer.
-            has_words = is_anything if self.has_answered else speaks
-            chunks = self.agent.ask(self.history, self.config(rounds_left), has_words)
-            async with contextlib.aclosing(chunks):
+            async with contextlib.aclosing(self.ask(rounds_left)) as chunks:
                 async for chunk in chunks:
-                    parts += [as_sent(part) for part in chunk.parts or []]
-                    for text in spoken_in(chunk):
-                        words += text
-                        yield text
+                    parts += chunk.parts or []
+                    if chunk.text:
+                        words += chunk.text
+                        yield chunk.text
             self.has_answered = self.has_answered or has_letters(words)
-            calls = [part["functionCall"] for part in parts if "functionCall" in part]
-            # Words beside a call to hang up are the goodbye.
-            if not calls or not rounds_left:
+            if not rounds_left or not any(part.function_call for part in parts):
                 break
+            sent = [as_sent(part) for part in parts]
+            calls = [part for part in sent if "functionCall" in part]
+            # Between the words before and after the tools.
+            yield " " if words else ""
             for call in calls:
                 yield state_of(call, "running")
-            running = self.agent.start(self.run(parts, calls), name_of_task())
+            running = self.agent.start(self.run(sent, calls), name_of_task())
             self.agent.tools_running[self.key] = running
             running.add_done_callback(lambda _: self.agent.tools_running.pop(self.key))
             if not (self.has_answered or is_filled):
@@ -1355,62 +1334,64 @@ class Answer:
                 is_filled = not running.done()
                 yield f"{self.agent.filler} " if is_filled else ""
             # If the caller interrupts here, the tools go on.
-            for call, result in zip(calls, await asyncio.shield(running), strict=True):
-                for event in self.events_of(call, result):
-                    yield event
-            # Between the words before and after the tools.
-            yield " " if words else ""
+            for event in self.events_of(calls, await asyncio.shield(running)):
+                yield event
+            if self.hang_ups and words:
+                # That was the goodbye.
+                break
         for hang_up in self.hang_ups[:1]:
             yield hang_up
 
-    def config(self, rounds_left: int) -> Config:
-        """What google-genai is told of the tools. Raises LoggedError for a wrong one."""
-        from google.genai.types import FunctionCallingConfigMode as Mode
+    def ask(self, rounds_left: int) -> Stream[Chunk, None]:
+        """Asks Gemini, which may call tools unless no rounds are left."""
+        config: Config = {}
+        if self.tools:
+            mode: Any = "AUTO" if rounds_left else "NONE"
+            declared = [declare(tool) for tool in self.tools.values()]
+            config["tools"] = [{"function_declarations": declared}]
+            config["tool_config"] = {"function_calling_config": {"mode": mode}}
+        # Words before a call and nothing after it are an answer.
+        has_words = (lambda chunk: True) if self.has_answered else speaks
+        return self.agent.ask(self.history, config, has_words)
 
-        if not self.tools:
-            return {}
-        declared = [declare(tool) for tool in self.tools.values()]
-        mode = Mode.AUTO if rounds_left else Mode.NONE
-        return {
-            "tools": [{"function_declarations": declared}],
-            "tool_config": {"function_calling_config": {"mode": mode}},
-        }
-
-    def events_of(self, call: Event, result: Event) -> list[Event]:
-        """What the page gets of a call that is over; a hang-up waits for the last word."""
-        events = [state_of(call, "failed" if "error" in result else "done")]
-        match result.get("output"):
-            case {"type": "response.hangup"}:
-                self.hang_ups.append(result["output"])
-            case {"type": "response.data" | "response.tts"}:
-                events.append(result["output"])
-            case _:
-                return events
-        self.has_answered = True
+    def events_of(self, calls: list[Event], results: list[Event]) -> list[Event]:
+        """What the page gets of calls that are over. A hang-up waits for the end."""
+        events = []
+        for call, result in zip(calls, results, strict=True):
+            events.append(state_of(call, "failed" if "error" in result else "done"))
+            match result.get("output"):
+                case {"type": "response.hangup"}:
+                    self.hang_ups.append(result["output"])
+                case {"type": "response.data" | "response.tts"}:
+                    events.append(result["output"])
+                    self.has_answered = True
         return events
 
-    async def run(self, parts: list[Event], calls: list[Event]) -> list[Event]:
-        """Runs tools to their end, with a record before and after; returns results."""
+    async def run(self, sent: list[Event], calls: list[Event]) -> list[Event]:
+        """Runs tools to their end, with a record before and after; their results."""
         turn = self.history[-1]
-        before = [*turn.done, {"role": "model", "parts": parts}]
+        before = list(turn.done)
 
-        async def tell(results: list[Event]) -> None:
+        async def tell(results: list[Event]) -> list[Event]:
             told = []
             for call, result in zip(calls, results, strict=True):
                 # With the name, and the id if there is one.
-                response = {**call, "response": result}
+                response = {**call["functionCall"], "response": result}
                 response.pop("args", None)
                 told.append({"functionResponse": response})
-            turn.done = [*before, {"role": "user", "parts": told}]
-            await record(self.agent, self.key, {"done": turn.done})
+            answer = {"role": "user", "parts": told}
+            turn.done = [*before, {"role": "model", "parts": sent}, answer]
+            known = [*self.recorded, {"role": "model", "parts": calls}, answer]
+            await record(self.agent, self.key, {"done": known})
+            return known
 
         await tell([HAS_BEGUN] * len(calls))
-        tasks = [asyncio.create_task(self.call(call)) for call in calls]
+        tasks = [asyncio.create_task(self.call(call["functionCall"])) for call in calls]
         await asyncio.wait(tasks, timeout=TOOL_PATIENCE)
         results = [task.result() if task.done() else TAKES_LONG for task in tasks]
         for task in tasks:
             task.cancel()
-        await tell(results)
+        self.recorded = await tell(results)
         return results
 
     async def call(self, call: Event) -> Event:
@@ -1418,45 +1399,40 @@ class Answer:
         import pydantic
         from pydantic_core import to_json
 
-        name = name_in(call)
+        name = call["name"].rpartition(".")[2]
+        arguments = call.get("args") or {}
         try:
             if name not in self.tools:
-                raise LoggedError(
-                    f"no tool: there are {', '.join(self.tools) or 'none'}"
-                )
+                there_are = ", ".join(self.tools)
+                raise LoggedError(f"There is no tool {name}. There are: {there_are}.")
             tool = pydantic.validate_call(self.tools[name])
-            arguments = call.get("args") or {}
             if inspect.iscoroutinefunction(self.tools[name]):
                 output = await tool(**arguments)
             else:
                 output = await in_thread(lambda: tool(**arguments))
-            return {
-                "output": json.loads(to_json(output, fallback=str, inf_nan_mode="null"))
-            }
+            text = to_json(output, fallback=str, inf_nan_mode="null")
+            return {"output": json.loads(text)}
         except BaseException as error:
             # Even SystemExit, which would end the server.
             why = f"nothing for {TOOL_PATIENCE:g} s" if is_cut_off() else cause(error)
-            log.warning("tool %.60r failed: %s", name, why)
+            log.warning("%s tool %.60r failed: %s", self.name, name, why)
             return {"error": clean(f"{type(error).__name__}: {error}")}
 
 
-def is_anything(chunk: Chunk) -> bool:
-    """Counts any chunk as one with words."""
-    return True
-
-
 def declare(tool: Tool) -> Declaration:
-    """What Gemini is told of a tool. Raises LoggedError for one that cannot be called."""
+    """What Gemini is told of a tool. Raises LoggedError for one it cannot call."""
     import pydantic
 
     kind: Any = tool
     try:
         schema = pydantic.TypeAdapter(kind).json_schema()
     except (pydantic.PydanticUserError, NameError) as error:
-        why = "cannot be a tool: the type of a parameter is unknown, or not one of JSON"
+        why = "cannot be a tool: a parameter has a type that is unknown, or no JSON"
         raise LoggedError(f"{tool.__name__}() {why}") from error
-    description = inspect.getdoc(tool) or ""
-    declaration: Declaration = {"name": tool.__name__, "description": description}
+    declaration: Declaration = {
+        "name": tool.__name__,
+        "description": inspect.getdoc(tool) or "",
+    }
     if schema["properties"]:
         declaration["parameters_json_schema"] = schema
     return declaration
@@ -1467,19 +1443,14 @@ def as_sent(part: Part) -> Event:
     return part.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-def name_in(call: Event) -> str:
-    """The name of the tool that Gemini calls; some models put a module before it."""
-    name: str = call["name"]
-    return name.rpartition(".")[2]
-
-
 def state_of(call: Event, state: str) -> Event:
     """What the page is told of a tool: that it is running, done, or failed."""
-    return {"type": "response.data", "content": {"tool": name_in(call), "state": state}}
+    name = call["functionCall"]["name"].rpartition(".")[2]
+    return {"type": "response.data", "content": {"tool": name, "state": state}}
 
 
 async def in_thread(function: Callable[[], T]) -> T:
-    """What a function returns that blocks, from a thread of its own. Raises what it does.
+    """What a blocking function returns, from a thread of its own; raises its errors.
 
     The thread is a daemon, for which Python does not wait before it ends; and one that
     hangs holds up no other, as in asyncio.to_thread(), which has few.
@@ -1515,7 +1486,8 @@ def cause(error: BaseException) -> str:
     The message of another may hold a key, or what a caller said: it is logged only if
     LOG_LEVEL is DEBUG, and in `chat`.
     """
-    details.debug("%s", name_of_task(), exc_info=error)
+    told = "".join(traceback.format_exception(error, chain=False))
+    details.debug("%s\n%s", name_of_task(), told)
     if isinstance(error, LoggedError):
         return str(error)
     # The standard library, what is installed, and code that stands in no file.
@@ -1528,27 +1500,22 @@ def cause(error: BaseException) -> str:
 
 
 class Sparing(logging.Filter):
-    """Lets MAX_REFUSALS lines a second through, and counts those it leaves out.
-
-    Malformed HTTP, which aiohttp logs with a traceback, becomes a line, too.
-    """
+    """Lets MAX_REFUSALS lines a second through; counts those that it leaves out."""
 
     second = 0
     lines = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is to be written."""
+        """Whether a line is to be written. Malformed HTTP comes with a traceback."""
         record.msg = record.getMessage()
         record.args = ()
         if record.exc_info and record.exc_info[0]:
             record.msg += f": {record.exc_info[0].__name__}"
             record.exc_info = None
-        if int(time.monotonic()) != self.second:
+        if self.second != int(record.created):
             if self.lines > MAX_REFUSALS:
-                record.msg += (
-                    f" ({self.lines - MAX_REFUSALS} more before were left out)"
-                )
-            self.second = int(time.monotonic())
+                record.msg += f" ({self.lines - MAX_REFUSALS} more were left out)"
+            self.second = int(record.created)
             self.lines = 0
         self.lines += 1
         return self.lines <= MAX_REFUSALS
@@ -1560,99 +1527,100 @@ class Sparing(logging.Filter):
 CONTROLS = dict.fromkeys([*range(10), *range(11, 32), *range(127, 160)])
 
 
-def post(url: str, secret: str, event: Event) -> Iterator[Event]:
-    """Posts a webhook, signed as by Layercode; yields the frames of the answer.
+def chat(agent: Agent, url: str | None, fields: Event) -> None:
+    """Chats with the agent at a URL or, without one, with this one, served here.
 
-    Exits with what is wrong, if anything is.
+    Raises SettingsError if that cannot be.
     """
-    body = json.dumps(event).encode()
-    headers = {"layercode-signature": sign(body, secret)}
-    request = urllib.request.Request(url, body, headers)
-    frame: Event = {}
+    if url and not agent.settings.layercode_webhook_secret:
+        raise SettingsError("LAYERCODE_WEBHOOK_SECRET is not set: it would refuse us")
+    # No proxy of the environment's leads to the agent that is served here.
+    proxies = urllib.request.ProxyHandler(None if url else {})
+    opener = urllib.request.build_opener(proxies)
+    url = url or serve_beside(agent)
+    secret = agent.settings.layercode_webhook_secret
+    print("Ctrl-C interrupts the agent. Hang up with Ctrl-D.\n")
+    name = os.urandom(8).hex()
+    fields = {"session_id": name, "conversation_id": name, **fields}
+    event: Event = {"type": "session.start"}
+    with contextlib.suppress(EOFError):
+        while True:
+            event = {**fields, **event, "turn_id": os.urandom(8).hex()}
+            report = listen(opener, url, secret, event)
+            text = ""
+            while not text:
+                text = input("> ").strip()
+            event = {"type": "message", "text": text, **report}
+
+
+def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event:
+    """Posts a webhook and prints the answer; returns what the next one reports.
+
+    Raises EOFError if the agent hangs up, SettingsError if it does not answer.
+    """
+    heard = ""
+    kinds = []
+    report: Event = {}
     try:
-        with urllib.request.urlopen(request, timeout=CHAT_PATIENCE) as answer:
+        body = json.dumps(event).encode()
+        headers = {"layercode-signature": sign(body, secret)}
+        request = urllib.request.Request(url, body, headers)
+        with opener.open(request, timeout=CHAT_PATIENCE) as answer:
+            kind = answer.headers.get_content_type()
+            if kind != "text/event-stream":
+                raise ValueError(f"it answers with {kind}, no event stream")
             for line in answer:
                 if line.startswith(b"data:"):
                     frame = json.loads(line.removeprefix(b"data:"))
-                    yield frame
-    except (OSError, HTTPException, ValueError) as error:
-        sys.exit(f"{url}: {error}")
-    if frame.get("type") != "response.end":
-        sys.exit(f"{url}: no response.end. What does the agent's log say?")
-
-
-def chat(agent: Agent, url: str | None, fields: Event) -> None:
-    """Chats with the agent at a URL or, without a URL, with this one, served here."""
-    secret = agent.settings.layercode_webhook_secret
-    if url is None:
-        secret = os.urandom(16).hex()
-        settings = dataclasses.replace(agent.settings, layercode_webhook_secret=secret)
-        agent.settings = settings
-        url = serve_beside(agent)
-    elif not secret:
-        sys.exit("LAYERCODE_WEBHOOK_SECRET is not set: the agent would refuse us.")
-    print("Ctrl-C interrupts the agent. Hang up with Ctrl-D.\n")
-    names = {"session_id": "terminal", "conversation_id": os.urandom(8).hex()}
-    event: Event = {"type": "session.start"}
-    while event:
-        event |= {"turn_id": os.urandom(8).hex()}
-        report = listen(post(url, secret, {**names, **fields, **event}))
-        if report is None:
-            print("(the agent hung up)")
-            return
-        if "interruption_context" in report:
-            report["interruption_context"]["assistant_turn_id"] = event["turn_id"]
-        text = ask_person()
-        event = {"type": "message", "text": text, **report} if text else {}
-
-
-def listen(frames: Iterator[Event]) -> Event | None:
-    """Prints an answer; returns what the next message reports; None after a hang-up."""
-    heard = ""
-    has_hung_up = False
-    report: Event = {}
-    try:
-        for frame in frames:
-            content = frame.get("content")
-            if frame["type"] == "response.tts":
-                # A terminal would obey control characters, and may know no emoji.
-                encoding = sys.stdout.encoding
-                words = str(content).translate(CONTROLS).encode(encoding, "replace")
-                print(words.decode(encoding), end="", flush=True)
-                heard += str(content)
-            elif frame["type"] == "response.data":
-                print(f"[{json.dumps(content)}]")
-            elif frame["type"] == "response.hangup":
-                has_hung_up = True
+                    kinds.append(frame["type"])
+                    heard += show(frame["type"], frame.get("content"))
+        if "response.end" not in kinds:
+            raise ValueError("The answer has no response.end. What does the log say?")
     except KeyboardInterrupt:
-        report["interruption_context"] = {
-            "previous_turn_interrupted": True,
-            "words_heard": len(heard.split()),
-            "text_heard": heard,
-        }
+        # The connection is dropped by now, as Layercode does.
+        turn = event["turn_id"]
+        report = {"previous_turn_interrupted": True, "assistant_turn_id": turn}
+        report |= {"text_heard": heard, "words_heard": len(heard.split())}
+        report = {"interruption_context": report}
+    except HTTPError as error:
+        raise SettingsError(f"{url} answers {error.code} {error.reason}") from None
+    except Exception as error:
+        # Anything may stand behind a URL.
+        raise SettingsError(f"{url}: {error}") from None
     print()
-    return None if has_hung_up else report
+    if "response.hangup" in kinds:
+        print("(the agent hung up)")
+        raise EOFError
+    return report
 
 
-def ask_person() -> str:
-    """What the person types; empty if they hang up."""
-    text = ""
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while not text:
-            text = input("> ").strip()
-    return text
+def show(kind: str, content: Any) -> str:
+    """Prints a part of an answer; returns the words in it."""
+    if kind == "response.data":
+        print(f"[{json.dumps(content)}]")
+    if kind != "response.tts":
+        return ""
+    # A terminal would obey control characters, and may know no emoji.
+    words = content.translate(CONTROLS).encode(sys.stdout.encoding, "replace")
+    print(words.decode(sys.stdout.encoding), end="", flush=True)
+    return str(content)
 
 
 def serve_beside(agent: Agent) -> str:
-    """Serves an agent in a thread; returns its webhook's URL, which answers at once."""
+    """Serves an agent in a thread; returns its webhook's URL, which listens already."""
+    secret = os.urandom(16).hex()
+    settings = dataclasses.replace(agent.settings, layercode_webhook_secret=secret)
+    agent.settings = settings
     listener = socket.create_server(("127.0.0.1", 0))
     options: Event = {"sock": listener, "handle_signals": False, "print": None}
-    app = agent.make_app()
 
     def work() -> None:
-        # If the agent cannot start, the terminal learns it.
-        with listener:
-            web.run_app(app, **options, **RUNNER_OPTIONS)
+        try:
+            web.run_app(agent.make_app(), **options, **RUNNER_OPTIONS)
+        except BaseException:
+            # This is told before the terminal notices, and ends.
+            traceback.print_exc()
+            listener.close()
 
     threading.Thread(target=work, daemon=True).start()
     return f"http://127.0.0.1:{listener.getsockname()[1]}/agent"
@@ -1664,7 +1632,7 @@ def serve_beside(agent: Agent) -> str:
 MISSING = {
     "layercode_webhook_secret": "every webhook will be refused. "
     "Layercode's dashboard has it: your agent, Your Backend, Edit.",
-    "google_generative_ai_api_key": "an offline stand-in replies. "
+    "google_generative_ai_api_key": "unless you override reply(), a stand-in replies. "
     "Get a key at https://aistudio.google.com/apikey.",
     "layercode_api_key": "no browser can be authorized. "
     "Layercode's dashboard has it: Settings.",
@@ -1691,7 +1659,7 @@ def serve(agent: Agent) -> None:
 
     async def when_stopped(app: web.Application) -> None:
         if agent.replies:
-            calls = f"{len(agent.replies)} call{'s' * (len(agent.replies) > 1)}"
+            calls = f"{len(agent.replies)} calls"
             print(f"Finishing {calls}; once more stops at once.", flush=True)
         # Windows has no such handlers.
         with contextlib.suppress(NotImplementedError):
@@ -1699,37 +1667,22 @@ def serve(agent: Agent) -> None:
                 loop = asyncio.get_running_loop()
                 loop.add_signal_handler(one, agent.cut_all_off)
 
+    # Before the agent starts, so that its own errors are not taken for this one.
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        at = (settings.host, settings.port)
+        listener = socket.create_server(at, family=family)
+    except (OSError, OverflowError, UnicodeError) as error:
+        why = str(error)
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            why = "it is in use. Is the agent running already?"
+        where = f"HOST={settings.host} PORT={settings.port} cannot be listened on"
+        raise SettingsError(f"{where}: {why}") from None
     app = agent.make_app()
     app.on_shutdown.insert(0, when_stopped)
-    sparing = Sparing()
-    refusals.addFilter(sparing)
-    logging.getLogger("aiohttp.server").addFilter(sparing)
-    at: Event = {"host": settings.host, "port": settings.port, "print": when_up}
-    try:
-        web.run_app(app, **at, **RUNNER_OPTIONS)
-    except ConnectionError:
-        # Not the address, but what the agent itself has asked at its start.
-        raise
-    except (OSError, OverflowError) as error:
-        where = f"HOST={settings.host} PORT={settings.port} cannot be listened on"
-        raise SettingsError(f"{where}: {error}. Is it running already?") from None
-
-
-def read_arguments() -> argparse.Namespace:
-    """The command line. Exits with a usage line and status 2 if it is wrong."""
-    parser = argparse.ArgumentParser(description="Serves a Layercode voice agent.")
-    commands = parser.add_subparsers(dest="command")
-    talk = commands.add_parser("chat", help="talk to the agent in the terminal")
-    url_help = "a webhook's URL: talk to the agent behind it, as Layercode would"
-    talk.add_argument("url", nargs="?", metavar="URL", help=url_help)
-    event_help = """fields for every webhook: '{"custom_metadata": {"name": "Ada"}}'"""
-    talk.add_argument("--event", type=json.loads, default={}, help=event_help)
-    arguments = parser.parse_args()
-    if arguments.command and arguments.url == "":
-        talk.error("the URL is empty")
-    if arguments.command and not isinstance(arguments.event, dict):
-        talk.error("--event is not a JSON object")
-    return arguments
+    refusals.addFilter(Sparing())
+    # With this logger for malformed HTTP, too.
+    web.run_app(app, sock=listener, print=when_up, logger=refusals, **RUNNER_OPTIONS)
 
 
 def main(agent: type[Agent] = Agent) -> None:
@@ -1738,14 +1691,25 @@ def main(agent: type[Agent] = Agent) -> None:
     A wrong setting, a webhook that cannot be called, and an address that cannot be
     listened on end it with one line and status 1.
     """
-    arguments = read_arguments()
+    parser = argparse.ArgumentParser(description="Serves a Layercode voice agent.")
+    parser.add_argument("command", nargs="?", choices=["chat"], help="talk to it here")
+    parser.add_argument("url", nargs="?", help="a webhook: talk to the agent behind it")
+    event_help = "fields that are added to every webhook, as JSON"
+    parser.add_argument("--event", type=json.loads, default={}, help=event_help)
+    arguments = parser.parse_args()
+    if arguments.url == "":
+        parser.error("the URL is empty")
+    if not isinstance(arguments.event, dict):
+        parser.error("--event is no JSON object")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     try:
         one = agent()
         level = one.settings.log_level.upper()
         if level not in logging.getLevelNamesMapping():
-            raise SettingsError(f"LOG_LEVEL={level} is no level of logging")
+            levels = "DEBUG, INFO, WARNING, ERROR"
+            given = one.settings.log_level
+            raise SettingsError(f"LOG_LEVEL={given} is none of {levels}")
         log.setLevel(level)
         if arguments.command is None:
             serve(one)
@@ -1759,7 +1723,7 @@ def main(agent: type[Agent] = Agent) -> None:
     except KeyboardInterrupt:
         pass
     except SettingsError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(f"{parser.prog}: {error}")
 
 
 if __name__ == "__main__":

@@ -1,1336 +1,589 @@
-"""The recipes: an agent of your own, tools, your log-in, your own app, transcripts.
+"""The recipes of README.md, as they stand there: python -m pytest -p test_agent .ci
 
-Each block is taken out of README.md as it stands.
+What they need and do not find fails: the package redis, redis-server, node.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import dataclasses
-import datetime
 import json
-import os
-import re
-import shutil
+import signal
 import sqlite3
+import subprocess
 import sys
-import threading
-import time
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from subprocess import PIPE
 from typing import Any
 
-import aiohttp
 import pytest
-import pytest_asyncio
+import recipes
 from aiohttp import web
-from recipes import README, load, save
+from ports import free_port
 
-import agent
-from agent import Agent, Event, Histories, Settings
-from test_agent import (
-    GEMINI_KEY,
-    SECRET,
-    WITH_GEMINI,
-    Gemini,
-    Layercode,
-    Stall,
-    Start,
-    Step,
-    report,
-    served,
-    words,
-)
+import test_agent
+from agent import Agent, Event
+from test_agent import SETTINGS, SURE, Caller, Serve, call, forever, report
 
-pytestmark = pytest.mark.asyncio
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Waits until something is so."""
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-async def until_refused(url: str) -> None:
-    """Waits until the server at a URL takes no more connections: it is stopping."""
-    async with asyncio.timeout(10):
-        while True:
-            try:
-                async with aiohttp.ClientSession() as http, http.get(url):
-                    pass
-            except aiohttp.ClientError:
-                return
-
-
-@pytest_asyncio.fixture
-async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
-        yield session
-
-
-@asynccontextmanager
-async def process(file: Path, **settings: str) -> AsyncIterator[Process]:
-    """Runs a file with these settings and no others; its log goes to a file.log."""
-    unset = {one.name.upper(): "" for one in dataclasses.fields(Settings)}
-    with file.with_suffix(".log").open("wb") as log:
-        running = await asyncio.create_subprocess_exec(
-            sys.executable,
-            file,
-            stdout=PIPE,
-            stderr=log,
-            env={**os.environ, **unset, **settings},
-        )
-    try:
-        assert running.stdout is not None
-        async with asyncio.timeout(30):
-            while b"http://" not in (line := await running.stdout.readline()):
-                assert line, file.with_suffix(".log").read_text()
-        yield running
-    finally:
-        if running.returncode is None:
-            running.kill()
-        await running.wait()
-
-
-# ---- An agent of your own ------------------------------------------------------------
-
-
-async def test_six_lines_are_an_agent_of_your_own(
-    start: Start, gemini: Gemini, tmp_path: Path
-) -> None:
-    pizza = load("pizza.py", tmp_path).Pizza
-    caller = await start(pizza(WITH_GEMINI))
-    greeting = await caller.send(caller.event("session.start"))
-    assert greeting == "Luigi's Pizza! What can I get you?"
-    await caller.say("Who are you?")
-    told = gemini.asked[-1]["systemInstruction"]["parts"][0]["text"]
-    assert told == f"You take orders for Luigi's Pizza in Leeds.\n{Agent.voice_rules}"
-
-
-async def test_an_agent_of_your_own_chats_in_the_terminal(tmp_path: Path) -> None:
-    chat = await asyncio.create_subprocess_exec(
-        sys.executable,
-        save("pizza.py", tmp_path),
-        "chat",
-        stdin=PIPE,
-        stdout=PIPE,
-        env={**os.environ, "GOOGLE_GENERATIVE_AI_API_KEY": ""},
-    )
-    printed, _ = await asyncio.wait_for(chat.communicate(b"Hello\n"), 30)
-    assert b"Luigi's Pizza! What can I get you?\n" in printed
-    assert b"You said 'Hello'" in printed
-
-
-@pytest.mark.parametrize(
-    ("about_them", "greeting"),
-    [
-        ({"name": "Ada"}, "Hi Ada! What can I get you?"),
-        ({}, "Hi there! What can I get you?"),
-        (None, "Hi there! What can I get you?"),
-    ],
-)
-async def test_a_caller_is_greeted_by_name(
-    start: Start, tmp_path: Path, about_them: object, greeting: str
-) -> None:
-    pizza = load("pizza_by_name.py", tmp_path).Pizza
-    caller = await start(pizza(Settings(layercode_webhook_secret=SECRET)))
-    event = caller.event("session.start", custom_metadata=about_them)
-    assert await caller.send(event) == greeting
-
-
-async def test_what_a_page_sends_is_answered(start: Start, tmp_path: Path) -> None:
-    pizza = load("pizza_for_pages.py", tmp_path).Pizza
-    caller = await start(pizza(Settings(layercode_webhook_secret=SECRET)))
-    async with caller.post(caller.event("data", data={"table": 5})) as response:
-        answer = await response.json()
-    assert answer == {"type": "response.data", "content": {"seated at": 5}}
-    async with caller.post(caller.event("session.end")) as response:
-        assert await response.json() == {}
-
-
-async def test_a_webhook_can_be_posted_by_hand(start: Start, tmp_path: Path) -> None:
-    pizza = load("pizza_by_name.py", tmp_path).Pizza
-    caller = await start(pizza(Settings(layercode_webhook_secret=SECRET)))
-    post = save("post.py", tmp_path)
-    for name in (b"Ada", b"Bob"):
-        post.write_bytes(post.read_bytes().replace(b"Ada", name))
-        posting = await asyncio.create_subprocess_exec(
-            sys.executable,
-            post,
-            env={**os.environ, "AGENT": caller.url, "LAYERCODE_WEBHOOK_SECRET": SECRET},
-            stdout=PIPE,
-        )
-        answer, _ = await posting.communicate()
-        assert b"Hi " + name + b"! What can I get you?" in answer
-
-
-async def test_gemini_writes_the_greeting(
-    start: Start, gemini: Gemini, tmp_path: Path
-) -> None:
-    pizza = load("pizza_of_the_day.py", tmp_path).Pizza
-    caller = await start(pizza(WITH_GEMINI))
-    gemini.scripts = [["Luigi's! ", "The funghi is divine."]]
-    greeting = await caller.send(caller.event("session.start"))
-    assert greeting == "Luigi's! The funghi is divine."
-    directed = "(The phone rings. Answer it, and praise a pizza.)"
-    assert gemini.heard() == [("user", directed)]
-    await caller.say("Two, please.")
-    assert gemini.heard() == [
-        ("user", "(The caller says nothing.)"),
-        ("model", "Luigi's! The funghi is divine."),
-        ("user", "Two, please."),
-    ]
-
-
-async def test_who_interrupts_a_greeting_of_geminis_ends_it(
-    start: Start, gemini: Gemini, tmp_path: Path
-) -> None:
-    pizza = load("pizza_of_the_day.py", tmp_path).Pizza
-    caller = await start(pizza(WITH_GEMINI))
-    gemini.scripts = [["Luigi's! ", Stall()]]
-    event = caller.event("session.start")
-    async with caller.post(event) as response:
-        await caller.hear(response, "Luigi's! ")
-        response.close()
-    await gemini.until(streams=0)
-    await caller.say("A salami.", **report(event, "Luigi's!"))
-    assert ("model", "Luigi's! [interrupted]") in gemini.heard()
-
-
-# ---- Tools ---------------------------------------------------------------------------
-
-
-class Tools:
-    """tool_agent.py, and agents with tools."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-
-    def agent(
-        self,
-        *tools: Callable[..., object],
-        shown: tuple[Callable[..., object], ...] = (),
-        histories: Histories | None = None,
-    ) -> Any:
-        """An agent of the recipe's with these tools."""
-        one = self.module.ToolAgent(WITH_GEMINI, histories)
-        one.tools = [*self.module.ToolAgent.tools, *tools]
-        one.shown = shown
-        return one
+ORDER = call("order", pizza="salami", number=2)
 
 
 @pytest.fixture
-def tools(tmp_path: Path) -> Tools:
-    one = Tools(load("tool_agent.py", tmp_path))
-    # However slow this machine is, there is no filler unless a test wants one.
-    one.module.FILLER_AFTER = 1000
-    return one
-
-
-def call(name: str, id: str = "1", **arguments: object) -> Event:
-    """A part of Gemini's that calls a tool."""
-    return {"functionCall": {"name": name, "args": arguments, "id": id}}
-
-
-def response(name: str, id: str = "1", **result: object) -> Event:
-    """The part that tells Gemini what a tool gave."""
-    return {"functionResponse": {"name": name, "response": result, "id": id}}
-
-
-def results(gemini: Gemini) -> list[Event]:
-    """What the last request told of the tools that were called just before."""
-    last = gemini.asked[-1]["contents"][-1]
-    return [part["functionResponse"] for part in last["parts"]]
-
-
-def parameters(declaration: Event) -> Event:
-    """What Gemini is told of a tool's parameters; it takes both spellings."""
-    for name in ("parametersJsonSchema", "parameters_json_schema"):
-        if name in declaration:
-            return dict(declaration[name])
-    return {}
-
-
-def data(frames: list[Event]) -> list[Event]:
-    """What the page gets."""
-    return [frame["content"] for frame in frames if frame["type"] == "response.data"]
-
-
-async def test_a_tool_is_declared_and_called_and_its_signature_goes_back_byte_for_byte(
-    start: Start, gemini: Gemini, tools: Tools
-) -> None:
-    caller = await start(tools.agent())
-    signature = "8PHy8/T19vf4+fr7/P3+//Dx8vP09fb3+Pn6+/z9/v//"
-    called = call("current_time", timezone="UTC") | {"thoughtSignature": signature}
-    thought = {"text": "They want the time.", "thought": True}
-    gemini.scripts = [["Let me ", "see.", [thought, called]], ["It's noon."]]
-    frames = await caller.frames(caller.event("message", text="What time is it?"))
-    assert words(frames) == "Let me see. It's noon."
-    assert data(frames) == [
-        {"tool": "current_time", "state": "running"},
-        {"tool": "current_time", "state": "done"},
-    ]
-    declared = gemini.asked[0]["tools"][0]["functionDeclarations"]
-    assert [tool["name"] for tool in declared] == ["current_time", "hang_up"]
-    assert "time zone" in declared[0]["description"]
-    assert parameters(declared[0]) == {
-        "type": "object",
-        "properties": {"timezone": {"type": "string"}},
-        "required": ["timezone"],
-    }
-    said, told = gemini.asked[1]["contents"][1:]
-    assert said["parts"] == [{"text": "Let me "}, {"text": "see."}, thought, called]
-    assert [said["role"], told["role"]] == ["model", "user"]
-    assert told["parts"][0]["functionResponse"]["id"] == "1"
-    assert str(datetime.date.today().year) in results(gemini)[0]["response"]["output"]
-
-
-async def test_a_tool_knows_the_turn_and_gemini_cannot_choose_it(
-    start: Start, gemini: Gemini, tools: Tools
-) -> None:
-    async def note(text: str, event: Event) -> list[str]:
-        return [text, event["turn_id"], event["conversation_id"]]
-
-    async def whoami(event: Event) -> str:
-        return str(event["from_phone_number"])
-
-    caller = await start(tools.agent(note, whoami))
-    forged = call("note", "1", text="hello", event={"turn_id": "another"})
-    gemini.scripts = [[[forged, call("whoami", "2")]], ["Noted."]]
-    event = caller.event("message", text="Note it", from_phone_number="+44")
-    assert await caller.send(event) == "Noted."
-    declared = gemini.asked[0]["tools"][0]["functionDeclarations"][2:]
-    assert list(parameters(declared[0])["properties"]) == ["text"]
-    assert parameters(declared[0])["required"] == ["text"]
-    assert parameters(declared[1]) == {}
-    told = [event["turn_id"], event["conversation_id"]]
-    assert [one["response"]["output"] for one in results(gemini)] == [
-        ["hello", *told],
-        "+44",
-    ]
-
-
-async def test_two_tools_run_side_by_side_and_a_sync_one_holds_up_nobody(
-    start: Start, gemini: Gemini, tools: Tools
-) -> None:
-    loop = asyncio.get_running_loop()
-    met = asyncio.Barrier(2)
-
-    def sync() -> int:
-        asyncio.run_coroutine_threadsafe(met.wait(), loop).result(5)
-        return 7
-
-    async def other() -> dict[str, object]:
-        await met.wait()
-        return {"on": datetime.date(2026, 11, 21), "half": "\ud800"}
-
-    caller = await start(tools.agent(sync, other))
-    gemini.scripts = [[[call("sync", "1"), call("other", "2")]], ["Both."]]
-    assert await caller.say("Do both") == "Both."
-    given = [(one["id"], one["response"]["output"]) for one in results(gemini)]
-    assert given == [("1", 7), ("2", {"on": "2026-11-21", "half": "?"})]
-
-
-async def test_what_goes_wrong_with_a_tool_is_told_to_gemini_and_logged_by_its_type(
-    start: Start, gemini: Gemini, tools: Tools, caplog: pytest.LogCaptureFixture
-) -> None:
-    # A thread may need a while to begin.
-    tools.module.TOOL_PATIENCE = 2
-
-    async def stuck() -> None:
-        await asyncio.Event().wait()
-
-    async def cancelled() -> None:
-        raise asyncio.CancelledError
-
-    def not_a_number() -> float:
-        return float("nan")
-
-    def private() -> None:
-        raise ValueError("a secret of the caller's \ud800")
-
-    caller = await start(tools.agent(stuck, cancelled, not_a_number, private))
-    wrong = [
-        call("stuck"),
-        call("unknown"),
-        call("current_time", zone="UTC"),
-        call("current_time", timezone="No/Where"),
-        call("cancelled"),
-        call("not_a_number"),
-        call("private"),
-    ]
-    gemini.scripts = [[wrong], ["Sorry, I can't."]]
-    frames = await caller.frames(caller.event("message", text="Try"))
-    assert words(frames) == "Sorry, I can't."
-    assert [one["state"] for one in data(frames)] == ["running"] * 7 + ["failed"] * 7
-    errors = [one["response"]["error"].partition(":")[0] for one in results(gemini)]
-    assert errors == [
-        "TimeoutError",
-        "KeyError",
-        "TypeError",
-        "ZoneInfoNotFoundError",
-        "CancelledError",
-        "ValueError",
-        "ValueError",
-    ]
-    told = results(gemini)[6]["response"]["error"]
-    assert told == "ValueError: a secret of the caller's ?"
-    assert "'unknown' failed: KeyError at tool_agent.py" in caplog.text
-    assert "'private' failed: ValueError at test_recipes.py" in caplog.text
-    assert "'stuck' failed" in caplog.text
-    assert "a secret" not in caplog.text
-
-
-async def test_an_async_tool_that_outlasts_its_time_is_cancelled_and_may_not_refuse(
-    start: Start, gemini: Gemini, tools: Tools
-) -> None:
-    tools.module.TOOL_PATIENCE = 0.05
-    free = asyncio.Event()
-    cancelled = asyncio.Event()
-
-    async def stubborn() -> None:
-        while not free.is_set():
-            try:
-                await free.wait()
-            except asyncio.CancelledError:
-                cancelled.set()
-
-    caller = await start(tools.agent(stubborn))
-    gemini.scripts = [[[call("stubborn")]], ["It takes too long."]]
-    try:
-        assert await caller.say("Go") == "It takes too long."
-        assert cancelled.is_set()
-    finally:
-        free.set()
-
-
-async def test_after_five_rounds_gemini_has_to_speak(
-    start: Start, gemini: Gemini, tools: Tools
-) -> None:
-    caller = await start(tools.agent())
-    one_round: list[Step] = [[call("current_time", timezone="UTC")]]
-    gemini.scripts = [*[one_round] * 5, ["Enough."]]
-    assert await caller.say("Loop") == "Enough."
-    configs = [asked["toolConfig"]["functionCallingConfig"] for asked in gemini.asked]
-    assert [one["mode"] for one in configs] == ["AUTO"] * 5 + ["NONE"]
-    gemini.scripts = [one_round] * 6
-    frames = await caller.frames(caller.event("message", text="Loop"))
-    assert words(frames) == Agent.apology
-    assert str(frames).count("running") == 5
-
-
-async def test_any_number_of_stuck_sync_tools_holds_up_no_other(
-    start: Start, gemini: Gemini, tools: Tools
-) -> None:
-    free = threading.Event()
-    began = threading.Semaphore(0)
-
-    def stuck() -> None:
-        began.release()
-        free.wait(60)
-
-    one = tools.agent(stuck)
-    caller = await start(one)
-    gemini.scripts = [[[call("stuck")] * 100]]
-    waiting = asyncio.create_task(caller.say("Get stuck"))
-    try:
-        await until(lambda: began._value == 100)
-        gemini.scripts = [[[call("current_time", timezone="UTC")]], ["It's noon."]]
-        other = Layercode(caller.http, caller.url)
-        assert await other.say("The time?") == "It's noon."
-    finally:
-        free.set()
-    await waiting
-
-
-FATAL = '''
-import sys
-import tool_agent
-from agent import main
-
-def quit() -> None:
-    """Quits."""
-    sys.exit(1)
-
-async def quit_async() -> None:
-    """Quits."""
-    sys.exit(1)
-
-def interrupt() -> None:
-    """Interrupts."""
-    raise KeyboardInterrupt
-
-async def interrupt_async() -> None:
-    """Interrupts."""
-    raise KeyboardInterrupt
-
-def stop() -> None:
-    """Stops."""
-    raise StopIteration
-
-async def stop_async() -> None:
-    """Stops."""
-    raise StopIteration
-
-class Fatal(tool_agent.ToolAgent):
-    tools = [quit, quit_async, interrupt, interrupt_async, stop, stop_async]
-
-main(Fatal)
-'''
-
-
-def settings_of(port: int) -> dict[str, str]:
-    """The settings of an agent in a process of its own."""
-    return {
-        "PORT": str(port),
-        "LAYERCODE_WEBHOOK_SECRET": SECRET,
-        "GOOGLE_GENERATIVE_AI_API_KEY": GEMINI_KEY,
-    }
-
-
-async def test_no_tool_can_end_the_server(
-    gemini: Gemini, http: aiohttp.ClientSession, tmp_path: Path, unused_tcp_port: int
-) -> None:
-    save("tool_agent.py", tmp_path)
-    file = tmp_path / "fatal.py"
-    file.write_text(FATAL)
-    errors = []
-    async with process(file, **settings_of(unused_tcp_port)):
-        caller = Layercode(http, f"http://127.0.0.1:{unused_tcp_port}")
-        for name in re.findall(r"def (\w+)", FATAL):
-            gemini.scripts = [[[call(name)]], ["It went wrong."]]
-            assert await caller.say(name) == "It went wrong."
-            errors.append(results(gemini)[0]["response"]["error"].partition(":")[0])
-        assert await caller.say("Still there?") == "Sure, no problem."
-    assert "Traceback" not in file.with_suffix(".log").read_text()
-    assert errors == [
-        "SystemExit",
-        "SystemExit",
-        "KeyboardInterrupt",
-        "KeyboardInterrupt",
-        "StopIteration",
-        # What Python makes of a StopIteration that leaves a coroutine.
-        "RuntimeError",
-    ]
-
-
-STUCK = '''
-import time
-import tool_agent
-from agent import main
-
-def stuck() -> None:
-    """Blocks its thread."""
-    time.sleep(600)
-
-class Stuck(tool_agent.ToolAgent):
-    tools = [stuck]
-
-tool_agent.TOOL_PATIENCE = 0.1
-main(Stuck)
-'''
-
-
-async def test_a_tool_that_blocks_its_thread_does_not_delay_the_stop(
-    gemini: Gemini, http: aiohttp.ClientSession, tmp_path: Path, unused_tcp_port: int
-) -> None:
-    save("tool_agent.py", tmp_path)
-    file = tmp_path / "stuck.py"
-    file.write_text(STUCK)
-    async with process(file, **settings_of(unused_tcp_port)) as server:
-        caller = Layercode(http, f"http://127.0.0.1:{unused_tcp_port}")
-        gemini.scripts = [[[call("stuck")]], ["It takes too long."]]
-        assert await caller.say("Go") == "It takes too long."
-        server.terminate()
-        # Far less than it sleeps.
-        await asyncio.wait_for(server.wait(), 60)
-        assert server.returncode == 0
-    assert "Traceback" not in file.with_suffix(".log").read_text()
-
-
-class Order:
-    """A tool that places orders, and takes until it is released."""
-
-    def __init__(self) -> None:
-        self.placed: list[str] = []
-        self.free = threading.Event()
-
-    def order(self, pizza: str) -> str:
-        """Orders a pizza."""
-        self.placed.append(pizza)
-        self.free.wait(60)
-        return f"{pizza} ordered"
+def load(tmp_path: Path) -> Any:
+    """Imports a recipe, from a folder in which it stands beside agent.py."""
+    return lambda name: recipes.load(name, tmp_path)
 
 
 @pytest.fixture
-def orders() -> Iterator[Order]:
-    one = Order()
-    yield one
-    one.free.set()
+def begin(run: Any, caller: Caller) -> Any:
+    """Runs a file in a process of its own; gives it and a caller of it."""
+
+    async def begin(code: str) -> tuple[Any, Caller]:
+        port = str(free_port())
+        settings = {"PORT": port, "LAYERCODE_WEBHOOK_SECRET": caller.secret}
+        settings |= {"PIZZA_SECRET": caller.secret, "ROSES_SECRET": "another secret"}
+        settings["GOOGLE_GENERATIVE_AI_API_KEY"] = "key"
+        process = await run(code=code.replace("port=3000", f"port={port}"), **settings)
+        await test_agent.printed(process, "http://127.0.0.1:")
+        return process, replace(caller, url=f"http://127.0.0.1:{port}")
+
+    return begin
 
 
-SIGNED = call("order", pizza="salami") | {"thoughtSignature": "8PHy8/+/"}
-
-
-async def cut_off_while_it_runs(
-    caller: Layercode, gemini: Gemini, orders: Order, heard: str
-) -> Event:
-    """Orders a salami, and interrupts while the order is being placed."""
-    gemini.scripts = [[[{"text": "Salami.", "thought": True}, SIGNED]]]
-    event = caller.event("message", text="Order a salami.")
+async def barge_in(caller: Caller, text: str | None, after: str) -> Event:
+    """Says something, or is greeted, and hangs up after some words of the answer."""
+    event = caller.event(text)
     async with caller.post(event) as response:
-        await until(lambda: orders.placed)
-        if heard:
-            await caller.hear(response, heard)
+        await caller.hear(response, after)
         response.close()
     return event
 
 
-@pytest.mark.parametrize("filler", ["", "One moment, please."])
-async def test_what_a_tool_has_begun_is_known_and_finished_if_the_caller_interrupts(
-    start: Start, gemini: Gemini, tools: Tools, orders: Order, filler: str
+async def authorize(caller: Caller, token: str = "", **page: Any) -> tuple[str, Any]:
+    """What a page gets: a status with its reason, and the answer."""
+    body = json.dumps({"agent_id": "a", **page}).encode()
+    headers = {"Authorization": f"Bearer {token}"}
+    answer = await caller.answer(body, "/authorize", headers)
+    told = await answer.json() if answer.ok else None
+    return f"{answer.status} {answer.reason}", told
+
+
+# ---- An agent of your own, and what it can override ----------------------------------
+
+
+async def test_two_lines_are_an_agent_and_six_more_a_tool(
+    serve: Serve, load: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    if filler:
-        tools.module.FILLER_AFTER = 0
-    one = tools.agent(orders.order)
-    caller = await start(one)
-    event = await cut_off_while_it_runs(caller, gemini, orders, filler)
-    assert await caller.say("Hello?", **report(event, "")) == "Sure, no problem."
-    begun = [
-        {"role": "user", "parts": [{"text": "Order a salami."}]},
-        {"role": "model", "parts": [SIGNED]},
-        {"role": "user", "parts": [response("order", **tools.module.NOT_KNOWN_YET)]},
-        {"role": "model", "parts": [{"text": "[interrupted]"}]},
-        {"role": "user", "parts": [{"text": "Hello?"}]},
-    ]
-    assert gemini.asked[-1]["contents"] == begun
-    orders.free.set()
-    await until(lambda: not one.at_work)
-    assert await caller.say("Did it work?") == "Sure, no problem."
-    ended = {"role": "user", "parts": [response("order", output="salami ordered")]}
-    assert gemini.asked[-1]["contents"][:5] == [*begun[:2], ended, *begun[3:]]
-    assert orders.placed == ["salami"]
+    caller = await serve(load("pizza.py").Pizza(SETTINGS))
+    assert await caller.say() == "Luigi's Pizza! What can I get you?"
+    caller.gemini.scripts = [[[ORDER]], ["In twenty minutes!"]]
+    assert await caller.say("Two salami.") == "In twenty minutes!"
+    given = [{"output": "They'll be ready in twenty minutes."}]
+    assert caller.gemini.results() == given
+    assert capfd.readouterr().out == f"{caller.conversation} 2 salami\n"
+    asked = json.dumps(caller.gemini.asked[0])
+    assert "You take orders for Luigi's Pizza in Leeds." in asked
+    assert "Orders so many pizzas of a kind" in asked
 
 
-async def test_later_turns_show_what_the_tools_of_all_rounds_did_without_the_words(
-    start: Start, gemini: Gemini, tools: Tools, orders: Order
+@pytest.fixture
+async def pizzeria(serve: Serve, load: Any) -> Caller:
+    return await serve(load("pizzeria.py").Pizzeria(SETTINGS))
+
+
+async def test_greetings_are_by_name_or_by_gemini(pizzeria: Caller) -> None:
+    greeting = await pizzeria.say(custom_metadata={"name": "Ada"})
+    assert (greeting, pizzeria.gemini.asked) == ("Hi Ada! What can I get you?", [])
+    pizzeria = pizzeria.another()
+    pizzeria.gemini.scripts = [["Luigi's! ", "Try the salami."]]
+    assert await pizzeria.say() == "Luigi's! Try the salami."
+    direction = "(The phone rings. Answer it, and praise a pizza.)"
+    assert pizzeria.gemini.shown() == [direction]
+    await pizzeria.say("Yes, please.")
+    silence, *shown = pizzeria.gemini.shown()
+    assert shown == ["Luigi's! Try the salami.", "Yes, please."]
+    assert silence != direction
+
+
+async def test_the_menu_is_shown_and_the_goodbye_comes_last(pizzeria: Caller) -> None:
+    goodbye: list[Any] = ["There you are. ", [{"text": "Ciao!"}, call("hang_up")]]
+    pizzeria.gemini.scripts = [[[call("show_menu")]], goodbye, [""]]
+    frames = await pizzeria.frames(pizzeria.event("What is there?"))
+    shown = [one["content"] for one in frames if one["type"] == "response.data"]
+    assert {"margherita": 9, "salami": 11} in shown
+    assert {"tool": "show_menu", "state": "done"} in shown
+    assert frames[-1] == {"type": "response.hangup"}
+    declared = json.dumps(pizzeria.gemini.asked[0]["tools"])
+    for words in ('"order"', "Shows the caller the pizzas", "Ends the call, once you"):
+        assert words in declared
+
+
+async def test_what_the_page_sends_is_answered(pizzeria: Caller) -> None:
+    data = pizzeria.event(type="data", data={"pizza": "salami"})
+    shown = {"type": "response.data", "content": {"price": 11}}
+    for event, answer in ((data, shown), (pizzeria.event(type="session.end"), {})):
+        assert await (await pizzeria.answer(event)).json() == answer
+
+
+async def test_three_lines_decide_who_may_call(pizzeria: Caller) -> None:
+    for metadata in (None, {}, {"code": "funghi"}, "tonno"):
+        refused, _ = await authorize(pizzeria, metadata=metadata)
+        assert refused == "403 The code is on the menu."
+    assert not pizzeria.gemini.sessions
+    assert (await authorize(pizzeria, metadata={"code": "tonno"}))[0] == "200 OK"
+
+
+# ---- Redis ---------------------------------------------------------------------------
+
+
+class Redis:
+    """A real redis-server, its recipe, and the ends of one call at two agents of it."""
+
+    one: Caller
+    other: Caller
+
+    def __init__(self, folder: Path, recipe: Any) -> None:
+        self.recipe = recipe
+        self.port = str(free_port())
+        self.options = ["--port", self.port, "--save", "", "--dir", str(folder)]
+
+    def start(self) -> None:
+        """Starts it, with nothing in it."""
+        command = ["redis-server", *self.options]
+        self.process = subprocess.Popen(command, stdout=PIPE, text=True)
+        assert self.process.stdout is not None
+        next(line for line in self.process.stdout if "Ready to accept" in line)
+
+    async def stop(self) -> None:
+        """Kills it, and with it what it had."""
+        self.process.kill()
+        self.process.wait()
+
+    def ask(self, command: str) -> str:
+        """What redis-cli prints."""
+        words = ["redis-cli", "-p", self.port, *command.split()]
+        return subprocess.check_output(words, text=True)
+
+    def shown(self) -> list[str]:
+        """What Gemini was shown last."""
+        return self.one.gemini.shown()
+
+
+async def ends_of(serve: Serve, *kinds: Any) -> tuple[Caller, Caller]:
+    """The ends of one call at two agents, each as in a process of its own."""
+    kind = type("Both", kinds, {})
+    one, other = [await serve(kind(SETTINGS)) for _ in range(2)]
+    one.conversation = other.conversation = "a_call"
+    return one, other
+
+
+@pytest.fixture
+async def redis(
+    serve: Serve, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Redis]:
+    """A Redis with nothing in it; one that has failed is asked again at once."""
+    server = Redis(tmp_path, load("redis_agent.py"))
+    monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{server.port}")
+    assert (server.recipe.PATIENCE, server.recipe.PAUSE) == (1, 5)
+    assert server.recipe.RedisSettings().redis_url == "redis://localhost:6379"
+    server.recipe.PAUSE = 0
+    server.start()
+    server.one, server.other = await ends_of(serve, server.recipe.RedisAgent)
+    yield server
+    await server.stop()
+
+
+async def test_a_call_that_alternates_is_whole_and_kept_a_day(redis: Redis) -> None:
+    said = [await redis.one.say()]
+    for number, end in enumerate([redis.other, redis.one, redis.one, redis.other]):
+        redis.ask("expire conversation:a_call 100")
+        end.gemini.scripts = [[f"Answer {number}."]]
+        await end.say(f"Question {number}")
+        said.append(f"Question {number}")
+        assert redis.shown()[1:] == said
+        said.append(f"Answer {number}.")
+        assert 86_300 < int(redis.ask("ttl conversation:a_call")) <= 86_400
+    assert "Redis" not in str(redis.one.log())
+
+
+async def test_what_a_tool_gave_is_known_before_it_is_spoken(
+    redis: Redis, serve: Serve, load: Any
 ) -> None:
-    orders.free.set()
-    caller = await start(tools.agent(orders.order))
-    again = [call("order", "2", pizza="funghi"), call("order", "3", pizza="")]
-    gemini.scripts = [["One salami. ", [SIGNED]], ["And two. ", again], ["Done."]]
-    assert await caller.say("Three") == "One salami.  And two.  Done."
-    said = [content["parts"] for content in gemini.asked[2]["contents"]]
-    assert said[1] == [{"text": "One salami. "}, SIGNED]
-    assert said[3] == [{"text": "And two. "}, *again]
-    await caller.say("Thanks")
-    assert gemini.asked[-1]["contents"] == [
-        {"role": "user", "parts": [{"text": "Three"}]},
-        {"role": "model", "parts": [SIGNED]},
-        {"role": "user", "parts": [response("order", output="salami ordered")]},
-        {"role": "model", "parts": again},
-        {
-            "role": "user",
-            "parts": [
-                response("order", "2", output="funghi ordered"),
-                response("order", "3", output=" ordered"),
-            ],
-        },
-        {"role": "model", "parts": [{"text": "One salami.  And two.  Done."}]},
-        {"role": "user", "parts": [{"text": "Thanks"}]},
-    ]
+    pizza = load("pizza.py").Pizza
+    one, other = await ends_of(serve, redis.recipe.RedisAgent, pizza)
+    one.gemini.scripts = [[[ORDER]], ["It's ", forever]]
+    event = await barge_in(one, "Two salami!", after="It's ")
+    await other.say("Hello?", **report("It", event["turn_id"]))
+    await one.say("And?")
+    assert "ready in twenty minutes" in str(redis.shown())
+    assert redis.shown()[3:] == ["It [interrupted]", "Hello?", SURE, "And?"]
 
 
-async def test_a_webhook_that_comes_again_while_its_tool_runs_does_not_call_it_again(
-    start: Start, gemini: Gemini, tools: Tools, orders: Order
+async def test_a_process_that_is_killed_and_started_again_knows_all(
+    redis: Redis, begin: Any
 ) -> None:
-    caller = await start(tools.agent(orders.order))
-    gemini.scripts = [[[SIGNED]], ["It's ordered."]]
-    event = caller.event("message", text="Order a salami.")
-    async with caller.post(event) as first:
-        await until(lambda: orders.placed)
-        second = asyncio.create_task(caller.send(event))
-        # The first delivery is cut off: the second has taken its place.
-        with contextlib.suppress(aiohttp.ClientError):
-            await first.read()
-    for _ in range(3):
-        # Meanwhile it had the time to ask Gemini, and has not.
-        other = Layercode(caller.http, caller.url)
-        await other.send(other.event("session.start"))
-    assert len(gemini.asked) == 1
-    orders.free.set()
-    assert await second == "It's ordered."
-    assert results(gemini)[0]["response"] == {"output": "salami ordered"}
-    assert orders.placed == ["salami"]
+    process, one = await begin(recipes.block("redis_agent.py"))
+    one.conversation = "a_call"
+    one.gemini.scripts = [["Hello, Ada."], ["Well, ", forever]]
+    await one.say("I am Ada.")
+    async with one.post(one.event("Who am I?")) as response:
+        await one.hear(response, "Well, ")
+        process.kill()
+        await process.wait()
+    await redis.other.say("Hello?")
+    _, again = await begin(recipes.block("redis_agent.py"))
+    again.conversation = "a_call"
+    await again.say("And now?")
+    said = ["I am Ada.", "Hello, Ada.", "Who am I?", "Hello?", SURE, "And now?"]
+    assert redis.shown() == said
 
 
-async def test_a_webhook_that_comes_again_after_it_was_cut_off_does_not_call_it_again(
-    start: Start, gemini: Gemini, tools: Tools, orders: Order
+async def test_while_it_is_gone_calls_go_on_and_it_gets_that_later(
+    redis: Redis,
 ) -> None:
-    orders.free.set()
-    caller = await start(tools.agent(orders.order))
-    gemini.scripts = [[[SIGNED]], ["It's ", Stall()]]
-    event = await caller.barge_in("Order a salami.", after="It's ")
-    await gemini.until(streams=0)
-    gemini.scripts = [["It's ordered."]]
-    assert await caller.send(event) == "It's ordered."
-    assert results(gemini)[0]["response"] == {"output": "salami ordered"}
-    assert orders.placed == ["salami"]
+    await redis.one.say("One")
+    await redis.other.say("Two")
+    redis.one.gemini.scripts = [["Well, ", redis.stop, "yes."]]
+    assert await redis.other.say("Three") == "Well, yes."
+    assert await redis.other.say("Four") == SURE
+    assert "goes on without Redis: ConnectionError" in str(redis.one.log())
+    # It comes back with nothing in it.
+    redis.start()
+    await redis.other.say("Five")
+    await redis.one.say("Six")
+    said = ["One", SURE, "Two", SURE, "Three", "Well, yes.", "Four", SURE, "Five", SURE]
+    assert redis.shown() == [*said, "Six"]
 
 
-async def test_an_order_counts_once_even_if_two_processes_get_its_webhook(
-    start: Start, gemini: Gemini, tools: Tools, tmp_path: Path
-) -> None:
-    pizzeria = load("pizzeria.py", tmp_path)
-    tools.module.FILLER_AFTER = 1000
-    ordered = call("order", pizza="salami", number=2)
-    gemini.scripts = [[[ordered]], ["Ordered."], [[ordered]], ["Ordered."]]
-    one = await start(pizzeria.Pizzeria(WITH_GEMINI))
-    other = await start(pizzeria.Pizzeria(WITH_GEMINI))
-    event = one.event("message", text="Two salami")
-    for caller in (one, other):
-        frames = await caller.frames(event)
-        assert words(frames) == "Ordered."
-        assert data(frames)[1] == {
-            "tool": "order",
-            "state": "done",
-            "result": {"ordered": "salami", "number": 2},
-        }
-    await one.say("And the same again.")
-    gemini.scripts = [[[ordered]]]
-    await one.say("And the same again.")
-    with contextlib.closing(sqlite3.connect(tmp_path / "orders.sqlite")) as database:
-        rows = database.execute("SELECT pizza, number FROM orders").fetchall()
-    assert rows == [("salami", 2), ("salami", 2)]
-    assert pizzeria.order("funghi", 1, event) == {"ordered": "funghi", "number": 1}
-    pizzeria.order("funghi", 3, event)
-    with contextlib.closing(sqlite3.connect(tmp_path / "orders.sqlite")) as database:
-        corrected = "SELECT number FROM orders WHERE pizza = 'funghi'"
-        assert database.execute(corrected).fetchall() == [(3,)]
-    declared = gemini.asked[0]["tools"][0]["functionDeclarations"][0]
-    pizzas = parameters(declared)["properties"]["pizza"]["enum"]
-    assert pizzas == ["margherita", "salami", "funghi"]
+async def test_nobody_waits_for_one_that_is_stuck_but_the_first(redis: Redis) -> None:
+    await redis.one.say("One")
+    redis.recipe.PATIENCE, redis.recipe.PAUSE = 0.1, 3600
+    redis.process.send_signal(signal.SIGSTOP)
+    async with asyncio.timeout(3):
+        assert await redis.one.say("Two") == SURE
+    # Whoever waited now would wait for too long.
+    redis.recipe.PATIENCE = 3600
+    assert await redis.one.say("Three") == SURE
+    assert redis.shown()[::2] == ["One", "Two", "Three"]
+    redis.process.send_signal(signal.SIGCONT)
+    await redis.other.say("Four")
+    assert redis.shown()[0] == "One"
 
 
-async def test_a_tool_that_has_begun_is_finished_before_the_server_stops(
-    gemini: Gemini, http: aiohttp.ClientSession, tools: Tools
-) -> None:
-    free = asyncio.Event()
-    begun = asyncio.Event()
-
-    async def slow() -> str:
-        begun.set()
-        await free.wait()
-        # Many times what a stop that does not wait would take.
-        for _ in range(1000):
-            await asyncio.sleep(0)
-        return "done"
-
-    one = tools.agent(slow)
-    async with AsyncExitStack() as stack:
-        url = await stack.enter_async_context(served(one.make_app()))
-        caller = Layercode(http, url)
-        gemini.scripts = [[[call("slow")]]]
-        event = caller.event("message", text="Go")
-        async with caller.post(event) as response:
-            await begun.wait()
-            response.close()
-        stopping = asyncio.create_task(stack.aclose())
-        await until_refused(url)
-        free.set()
-        await stopping
-    turns = await one.histories.load(caller.conversation)
-    assert "'output': 'done'" in str(turns[event["turn_id"]].done)
+@pytest.mark.parametrize("spoilt", ["set {} hello", "rpush {} hello [1] [[],2]"])
+async def test_a_spoilt_key_affects_one_call(redis: Redis, spoilt: str) -> None:
+    redis.recipe.PAUSE = 3600
+    redis.ask(spoilt.format("conversation:a_call"))
+    for text in ("One", "Two"):
+        assert await redis.one.say(text) == SURE
+    assert redis.shown() == ["One", SURE, "Two"]
+    for end in (redis.one, redis.other):
+        end.conversation = "another"
+        await end.say("I am Ada.")
+    assert redis.shown() == ["I am Ada.", SURE, "I am Ada."]
 
 
-async def test_a_stop_waits_for_no_tool_longer_than_the_grace(
-    gemini: Gemini, http: aiohttp.ClientSession, tools: Tools
-) -> None:
-    tools.module.GRACE = 0.05
-    tools.module.TOOL_PATIENCE = 1000
-    begun = asyncio.Event()
-
-    async def stuck() -> None:
-        begun.set()
-        await asyncio.Event().wait()
-
-    async with asyncio.timeout(30):
-        async with served(tools.agent(stuck).make_app()) as url:
-            caller = Layercode(http, url)
-            gemini.scripts = [[[call("stuck")]]]
-            async with caller.post(caller.event("message", text="Go")) as response:
-                await begun.wait()
-                response.close()
+async def test_many_calls_at_once_find_redis(redis: Redis) -> None:
+    histories = redis.recipe.RedisHistories()
+    for first in range(0, 1_200, 300):
+        names = [str(first + number) for number in range(300)]
+        facts = [histories.record(name, "1", user="Hi") for name in ["0", *names]]
+        await asyncio.gather(*facts)
+    assert "Redis" not in str(redis.one.log())
+    # And the last thousand of them are known without it.
+    await redis.stop()
+    assert [bool(await histories.load(name)) for name in ("0", "1", "250")] == [1, 0, 1]
+    assert len(histories.known) <= 1_000
 
 
-async def test_what_a_tool_did_is_told_to_gemini_even_if_it_cannot_be_recorded(
-    start: Start, gemini: Gemini, tools: Tools, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Full(Histories):
-        async def record(self, conversation: str, turn_id: str, **facts: Any) -> None:
-            if "done" in facts:
-                raise OSError("no room for a secret")
-            await super().record(conversation, turn_id, **facts)
-
-    caller = await start(tools.agent(histories=Full()))
-    gemini.scripts = [[[call("current_time", timezone="UTC")]], ["It's noon."]]
-    assert await caller.say("The time?") == "It's noon."
-    assert "output" in results(gemini)[0]["response"]
-    assert "what a tool did is not recorded: OSError" in caplog.text
-    assert "secret" not in caplog.text
+async def test_the_order_of_turns_is_that_of_redis(redis: Redis) -> None:
+    one, other = [redis.recipe.RedisHistories() for _ in range(2)]
+    for number in range(100):
+        await one.record("a", str(number), user="Hi")
+    one.away_until = float("inf")
+    await one.record("a", "missed", user="Hi")
+    await other.record("a", "between", user="Hi")
+    one.away_until = 0
+    for histories in (one, other):
+        assert list(await histories.load("a"))[99:] == ["99", "between", "missed"]
+    # It has each fact once.
+    assert redis.ask("llen conversation:a") == "102\n"
 
 
-async def test_while_a_slow_tool_runs_a_filler_is_spoken_once(
-    start: Start, gemini: Gemini, tools: Tools
-) -> None:
-    tools.module.FILLER_AFTER = 0.01
-    heard = asyncio.Event()
-
-    async def slow() -> None:
-        await heard.wait()
-
-    async def slower() -> None:
-        await asyncio.sleep(0.2)
-
-    caller = await start(tools.agent(slow, slower))
-    gemini.scripts = [["Let me see.", [call("slow")]], [[call("slower")]], ["Done."]]
-    async with caller.post(caller.event("message", text="Go")) as response:
-        spoken = await caller.hear(response, "One moment, please.")
-        heard.set()
-        spoken += await caller.hear(response, "Done.")
-    assert spoken == "Let me see. One moment, please. Done."
+# ---- Any OpenAI-compatible server ----------------------------------------------------
 
 
-async def test_the_filler_comes_after_1_2_seconds_without_a_word(
-    start: Start, gemini: Gemini, tools: Tools, tmp_path: Path
-) -> None:
-    tools = Tools(load("tool_agent.py", tmp_path))
-    heard = asyncio.Event()
+class OpenAI:
+    """An OpenAI-compatible server. In a script, a number is a status, bytes are sent as
+    they are, a function is waited for, a dict is a delta, anything else a content."""
 
-    async def slow() -> None:
-        await heard.wait()
+    def __init__(self) -> None:
+        self.scripts: list[list[Any]] = []
+        self.asked: list[Any] = []
+        self.is_quiet = asyncio.Event()
 
-    caller = await start(tools.agent(slow))
-    gemini.scripts = [[[call("slow")]], ["Done."]]
-    began = time.monotonic()
-    async with caller.post(caller.event("message", text="Go")) as response:
-        await caller.hear(response, "One moment, please.")
-        assert time.monotonic() - began >= 1.2
-        heard.set()
-        assert await caller.hear(response, "Done.") == "Done."
-
-
-async def test_the_page_is_told_while_a_tool_runs_and_gets_the_result_of_one_that_shows(
-    start: Start, gemini: Gemini, tools: Tools
-) -> None:
-    shown = asyncio.Event()
-
-    async def menu() -> list[str]:
-        await shown.wait()
-        return ["salami", "funghi"]
-
-    async def price() -> int:
-        return 9
-
-    async def wrong() -> int:
-        return 1 // 0
-
-    caller = await start(tools.agent(menu, price, wrong, shown=(menu, wrong)))
-    gemini.scripts = [[[call("menu"), call("price"), call("wrong")]], ["Salami."]]
-    frames: list[Event] = []
-    async with caller.post(caller.event("message", text="The menu")) as response:
-        async for line in response.content:
-            if line.startswith(b"data: "):
-                frames.append(json.loads(line[6:]))
-            if len(frames) == 3:
-                shown.set()
-    assert data(frames) == [
-        {"tool": "menu", "state": "running"},
-        {"tool": "price", "state": "running"},
-        {"tool": "wrong", "state": "running"},
-        {"tool": "menu", "state": "done", "result": ["salami", "funghi"]},
-        {"tool": "price", "state": "done"},
-        {"tool": "wrong", "state": "failed"},
-    ]
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        key = request.headers["Authorization"]
+        self.asked.append({**await request.json(), "key": key})
+        script = self.scripts.pop(0) if self.scripts else [SURE]
+        status = script.pop(0) if isinstance(script[0], int) else 200
+        response = web.StreamResponse(status=status)
+        self.is_quiet.clear()
+        try:
+            await response.prepare(request)
+            for step in [*script, b"data: [DONE]\n\n"]:
+                delta = step if isinstance(step, dict) else {"content": step}
+                if callable(step):
+                    await step()
+                elif isinstance(step, bytes):
+                    await response.write(step)
+                else:
+                    frame = json.dumps({"choices": [{"delta": delta}]})
+                    await response.write(f"data: {frame}\n\n".encode())
+        finally:
+            self.is_quiet.set()
+        return response
 
 
-THOUGHT = {"text": "They want to go.", "thought": True}
+@pytest.fixture
+async def openai(aiohttp_server: Any, monkeypatch: pytest.MonkeyPatch) -> OpenAI:
+    fake = OpenAI()
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", fake.complete)
+    url = test_agent.url_of(await aiohttp_server(app, shutdown_timeout=0))
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{url}/v1/")
+    monkeypatch.setenv("OPENAI_API_KEY", "a key")
+    monkeypatch.setenv("OPENAI_MODEL", "small")
+    return fake
+
+
+@pytest.fixture
+async def one(serve: Serve, openai: OpenAI, load: Any) -> Caller:
+    """A caller of openai_agent.py."""
+    agent = load("openai_agent.py").OpenAIAgent(SETTINGS)
+    agent.ask_again_after = 0.5
+    return await serve(agent)
+
+
+async def test_any_model_is_asked_as_openai_has_it(one: Caller, openai: OpenAI) -> None:
+    defaults = sys.modules["openai_agent"].OpenAISettings()
+    assert defaults.openai_base_url.startswith("https://generativelanguage.googleapis")
+    assert defaults.openai_model == defaults.gemini_model
+    greeting = await one.say()
+    openai.scripts = [["Sure, ", "the first ", forever], [forever]]
+    event = await barge_in(one, "How?", after="the first ")
+    await asyncio.wait_for(openai.is_quiet.wait(), 5)
+    async with one.post(one.event("Cake!", **report("Sure", event["turn_id"]))):
+        pass
+    assert await one.say("Hello?") == SURE
+    asked = openai.asked[-1]
+    assert (asked["model"], asked["stream"]) == ("small", True)
+    assert asked["key"] == "Bearer a key"
+    told = [(one["role"], one["content"]) for one in asked["messages"]]
+    assert told[0] == ("system", f"{Agent.persona}\n{Agent.voice_rules}")
+    assert told[2:4] == [("assistant", greeting), ("user", "How?")]
+    assert told[4:] == [("assistant", "Sure [interrupted]"), ("user", "Cake! Hello?")]
 
 
 @pytest.mark.parametrize(
-    "scripts",
+    "script",
     [
-        [["Goodbye!", [call("hang_up")]]],
-        [[[call("hang_up")]], ["Goodbye!"]],
-        [[[THOUGHT, call("hang_up")]], ["Goodbye!"]],
+        ["Sure, ", "no < problem."],
+        ["<think>They\n", "want</thi", "nk>\n\n", "Sure, ", "no <", " problem."],
+        ["<", "th", "ink>So", "</think>Sure, no < problem."],
+        [{"reasoning_content": "Let me see."}, "Sure, no < problem."],
+        [[{"text": "Sure, "}], [{"text": "no < "}, {"text": "problem."}]],
+        [[{"type": "thinking", "thinking": []}], "Sure, no < problem."],
+        [b": comment\n\n", b'data: {"choices": null}\n\n', "Sure, no < problem."],
+        [b'data: {"choices": [{"delta": null}]}\n\n', "Sure, no < problem."],
+        [b'data:{"choices": [{"delta": {"content": "Sure, "}}]}\n', "no < problem."],
+        ["Sure, no < problem.", b"data: [DONE]\n\n", forever],
     ],
 )
-async def test_hanging_up_comes_after_the_last_words_and_nothing_more(
-    start: Start, gemini: Gemini, tools: Tools, scripts: list[Any]
+async def test_only_words_are_spoken(one: Caller, openai: OpenAI, script: Any) -> None:
+    openai.scripts = [script]
+    assert await one.say("Hi") == "Sure, no < problem."
+    assert len(openai.asked) == 1
+
+
+@pytest.mark.parametrize("first", [401, 429, 503, " ", forever])
+async def test_what_says_nothing_is_asked_twice_unless_it_refuses(
+    one: Caller, openai: OpenAI, first: Any
 ) -> None:
-    caller = await start(tools.agent())
-    gemini.scripts = list(scripts)
-    frames = await caller.frames(caller.event("message", text="Bye"))
-    assert words(frames).strip() == "Goodbye!"
-    assert len(gemini.asked) == len(scripts)
-    ending = [frame["type"] for frame in frames][-2:]
-    assert ending == ["response.hangup", "response.end"]
+    openai.scripts = [[first]]
+    asked, said = (1, Agent.apology) if first in (401, 429) else (2, SURE)
+    assert await one.say("Hi") == said
+    assert len(openai.asked) == asked
+    assert not isinstance(first, int) or f"server answered {first}" in str(one.log())
 
 
-async def test_with_another_tool_beside_it_hanging_up_waits_for_what_that_brings(
-    start: Start, gemini: Gemini, tools: Tools
-) -> None:
-    caller = await start(tools.agent())
-    both = [call("current_time", timezone="UTC"), call("hang_up", "2")]
-    gemini.scripts = [["One moment.", both], ["It's noon. Bye!"]]
-    frames = await caller.frames(caller.event("message", text="The time, and bye."))
-    assert words(frames) == "One moment. It's noon. Bye!"
-    assert frames[-2]["type"] == "response.hangup"
-
-
-async def test_an_agent_without_that_tool_does_not_hang_up(
-    start: Start, gemini: Gemini, tools: Tools
-) -> None:
-    one = tools.agent()
-    one.tools = [tools.module.current_time]
-    caller = await start(one)
-    gemini.scripts = [["Goodbye!", [call("hang_up")]], ["I'm still here."]]
-    frames = await caller.frames(caller.event("message", text="Bye"))
-    assert words(frames) == "Goodbye! I'm still here."
-    assert "response.hangup" not in str(frames)
-
-
-async def test_words_between_tools_are_heard_at_once_and_read_aloud_plainly(
-    start: Start, gemini: Gemini, tools: Tools
-) -> None:
-    caller = await start(tools.agent())
-    stay = asyncio.Event()
-    gemini.scripts = [["*Let* ", "me `see`.", stay, [call("hang_up")]], ["Bye."]]
-    async with caller.post(caller.event("message", text="Go")) as response:
-        await caller.hear(response, "Let me see.")
-        stay.set()
-        await response.read()
-
-
-async def test_a_barge_in_before_a_tool_is_called_closes_the_stream_of_gemini(
-    start: Start, gemini: Gemini, tools: Tools
-) -> None:
-    caller = await start(tools.agent())
-    gemini.scripts = [["Let me ", Stall()]]
-    await caller.barge_in("Go", after="Let me ")
-    await gemini.until(streams=0)
-
-
-async def test_without_a_key_an_agent_with_tools_has_the_stand_in(
-    start: Start, tools: Tools
-) -> None:
-    settings = Settings(layercode_webhook_secret=SECRET)
-    caller = await start(tools.module.ToolAgent(settings))
-    assert "You said 'hello'" in await caller.say("hello")
-
-
-async def test_a_tool_whose_parameter_has_no_type_is_refused_at_the_start(
-    start: Start, tools: Tools
-) -> None:
-    def untyped(thing):  # type: ignore[no-untyped-def]
-        return thing
-
-    with pytest.raises(ValueError, match="parameter thing of function untyped"):
-        await start(tools.agent(untyped))
+async def test_an_error_in_the_stream_is_one(one: Caller, openai: OpenAI) -> None:
+    openai.scripts = [["Well.", b'data: {"error": {"message": "overloaded"}}\n\n']]
+    assert await one.say("Hi") == f"Well. {Agent.apology}"
 
 
 # ---- Your log-in ---------------------------------------------------------------------
 
 
 @pytest.fixture
-def login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """login_agent.py, with a secret, as it is found in the environment."""
+def login(load: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("LOGIN_SECRET", "login secret")
-    monkeypatch.setenv("LAYERCODE_WEBHOOK_SECRET", SECRET)
-    monkeypatch.setenv("LAYERCODE_API_KEY", "API-KEY")
-    return load("login_agent.py", tmp_path)
+    return load("login_agent.py")
 
 
-@pytest_asyncio.fixture
-async def sessions(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[Event]]:
-    """The sessions that Layercode's REST API was asked for, while the test runs."""
-    asked: list[Event] = []
-
-    async def authorize(request: web.Request) -> web.Response:
-        asked.append(await request.json())
-        return web.json_response({"client_session_key": "a session"})
-
-    app = web.Application()
-    app.router.add_post("/v1/agents/web/authorize_session", authorize)
-    async with served(app) as url:
-        monkeypatch.setenv("LAYERCODE_API_URL", url)
-        yield asked
-
-
-async def authorize(caller: Layercode, authorization: str) -> int:
-    """The status with which a visitor is answered."""
-    async with caller.http.post(
-        caller.url + "/authorize",
-        json={"agent_id": "a", "custom_metadata": {"name": "Mallory"}},
-        headers={"Authorization": authorization},
-    ) as response:
-        return response.status
-
-
-async def test_who_has_logged_in_is_authorized_and_greeted_by_name(
-    start: Start, login: ModuleType, sessions: list[Event]
-) -> None:
-    caller = await start(login.LoginAgent())
-    token = login.make_token("Zoë O. Byrne", "login secret")
-    assert await authorize(caller, f"Bearer {token}") == 200
-    assert sessions == [{"agent_id": "a", "custom_metadata": {"name": "Zoë O. Byrne"}}]
-    told = {"custom_metadata": sessions[0]["custom_metadata"]}
-    greeting = await caller.send(caller.event("session.start", **told))
+async def test_who_has_logged_in_is_greeted_by_name(serve: Serve, login: Any) -> None:
+    caller = await serve(login.LoginAgent(SETTINGS))
+    token = login.make_token("u1", "Zoë O. Byrne", "login secret")
+    forged = {"custom_metadata": {"name": "Mallory"}}
+    assert (await authorize(caller, token, **forged))[0] == "200 OK"
+    known = {"custom_metadata": {"user": "u1", "name": "Zoë O. Byrne"}}
+    assert caller.gemini.sessions == [{"agent_id": "a", **known}]
+    greeting = await caller.say(**known)
     assert greeting == "Hi Zoë O. Byrne! How can I help you today?"
+    assert (await caller.say()).startswith("Hi there!")
+    caller.gemini.session = {"status": 400, "text": '{"error": "no such agent"}'}
+    assert (await authorize(caller, token))[0] == "400 no such agent"
 
 
-async def test_who_has_not_logged_in_is_refused(
-    start: Start, login: ModuleType, sessions: list[Event]
+async def test_who_has_not_logged_in_is_refused(serve: Serve, login: Any) -> None:
+    agent = login.LoginAgent(SETTINGS)
+    caller = await serve(agent)
+    token = login.make_token("u1", "Ada", "login secret")
+    who, _, signature = token.partition(".")
+    another, unsigned = [login.make_token("u1", "Ada", key) for key in ("other", "")]
+    late = token.replace("t=", "t=1")
+    forged = f"WyJ1MiIsICJCb2IiXQ==.{signature}"
+    for given in ("", "é.é", who, f"{who}.", forged, late, another, unsigned):
+        assert (await authorize(caller, given))[0] == "403 Log in first.", given
+    head = "POST /authorize HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+    head += "Authorization: Bearer \xe9.\xe9\r\nContent-Length: 16\r\n\r\n"
+    assert await caller.stranger(head + '{"agent_id":"a"}') == "403 Log in first."
+    # As it is without LOGIN_SECRET.
+    agent.secret = ""
+    assert (await authorize(caller, unsigned))[0] == "403 Log in first."
+    assert not caller.gemini.sessions
+
+
+async def test_a_conversation_is_resumed_by_who_began_it_and_nobody_else(
+    serve: Serve, login: Any
 ) -> None:
-    caller = await start(login.LoginAgent())
-    token = login.make_token("ada", "login secret")
-    claim, _, signature = token.partition(".")
-    forged = base64.urlsafe_b64encode(b'{"name": "bob", "until": 9999999999}').decode()
-    for authorization in (
-        "",
-        "Bearer",
-        "Bearer ",
-        "Bearer .",
-        "Bearer x",
-        "Bearer é.é",
-        f"Basic {token}",
-        f"Bearer {claim}",
-        f"Bearer {claim}.",
-        f"Bearer {forged}.{signature}",
-        f"Bearer {login.make_token('ada', 'login secret', -1)}",
-        f"Bearer {login.make_token('ada', 'another secret')}",
-        f"Bearer {login.make_token('ada', '')}",
-    ):
-        assert await authorize(caller, authorization) == 403, authorization
-    assert sessions == []
+    ada, bob = [login.make_token(name, name, "login secret") for name in ("ada", "bob")]
+    agents = [login.LoginAgent(SETTINGS) for _ in range(2)]
+    caller, other = [await serve(agent) for agent in agents]
+    caller.gemini.session["text"] = '{"conversation_id": "call.2"}'
+    _, answer = await authorize(caller, bob)
+    mark = answer["conversation_id"].rpartition(".")[2]
+    caller.gemini.session["text"] = '{"conversation_id": "call.1", "config": {"a": 1}}'
+    _, answer = await authorize(caller, ada)
+    owned = answer["conversation_id"]
+    assert answer["config"] == {"a": 1}
+    assert (await authorize(other, ada, conversation_id=owned))[1] == answer
+    assert caller.gemini.sessions[-1]["conversation_id"] == "call.1"
+    for stolen in (owned, "call.1", "call.1.", f"call.1.{mark}", "é"):
+        for name in ("conversation_id", "session_id"):
+            refused, _ = await authorize(caller, bob, **{name: stolen})
+            assert refused == "403 This conversation is not yours."
+    agents[0].secret = "another"
+    another = login.make_token("ada", "ada", "another")
+    refused, _ = await authorize(caller, another, conversation_id=owned)
+    assert refused == "403 This conversation is not yours."
+    assert len(caller.gemini.sessions) == 3
 
 
-async def test_without_a_login_secret_nobody_is_let_in_and_the_log_says_so(
-    start: Start,
-    login: ModuleType,
-    sessions: list[Event],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("LOGIN_SECRET")
-    one = login.LoginAgent()
-    caller = await start(one)
-    assert await authorize(caller, f"Bearer {login.make_token('ada', '')}") == 403
-    assert "LOGIN_SECRET is not set" in one.settings.missing()[-1]
-    assert "login secret" not in repr(login.LoginSettings(login_secret="login secret"))
-
-
-STAND_IN = """
-const agentId = "a", sent = [];
-const answer = { ok: GIVEN, text: async () => "TOKEN" };
-globalThis.fetch = async (...call) => (sent.push(call), answer);
-class LayercodeClient {
-  constructor(options) {
-    options.authorizeSessionRequest({ url: "URL", body: { agent_id: "a" } });
-  }
-}
+PAGE = """
+const sent = [];
+globalThis.fetch = async (...call) => {
+  sent.push(call);
+  return new Response("TOKEN", { status: STATUS });
+};
+FUNCTION
+await authorizeSessionRequest({ url: "URL", body: { a: 1 } }).catch(() => {});
+console.log(JSON.stringify(sent));
 """
 
 
-@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
-async def test_the_page_sends_the_token_with_what_the_sdk_would_send() -> None:
-    headers = {"Content-Type": "application/json", "Authorization": "Bearer TOKEN"}
-    request = {"method": "POST", "headers": headers, "body": '{"agent_id":"a"}'}
-    assert await requests_of_the_page(ok="true") == [["/voice-token"], ["URL", request]]
+@pytest.mark.parametrize(("status", "requests"), [("200", 2), ("401", 1)])
+def test_the_page_sends_its_users_token(status: str, requests: int) -> None:
+    [function] = recipes.blocks("js")
+    script = PAGE.replace("STATUS", status).replace("FUNCTION", function)
+    node = ["node", "--input-type=module", "-e", script]
+    request = {"method": "POST", "headers": {"Authorization": "Bearer TOKEN"}}
+    calls = [["/voice-token"], ["URL", {**request, "body": '{"a":1}'}]]
+    assert json.loads(subprocess.check_output(node)) == calls[:requests]
 
 
-@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
-async def test_a_page_without_a_token_asks_for_no_session() -> None:
-    assert await requests_of_the_page(ok="false") == [["/voice-token"]]
-
-
-async def requests_of_the_page(ok: str) -> list[list[object]]:
-    """What README.md's page fetches, if the answer about a token is ok or not."""
-    blocks = re.findall(r"(?ms)^```js\n(.*?)^```$", README.read_text("utf-8"))
-    (own,) = [one for one in blocks if "authorizeSessionRequest" in one]
-    script = STAND_IN.replace("GIVEN", ok) + own
-    script += "setImmediate(() => console.log(JSON.stringify(sent)))"
-    script += "\nprocess.on('unhandledRejection', () => {})"
-    node = await asyncio.create_subprocess_exec("node", "-e", script, stdout=PIPE)
-    printed, _ = await asyncio.wait_for(node.communicate(), 30)
-    requests: list[list[object]] = json.loads(printed)
-    return requests
-
-
-# ---- In your own aiohttp app ---------------------------------------------------------
-
-OWN = {
-    "PIZZA_WEBHOOK_SECRET": SECRET,
-    "FLOWERS_WEBHOOK_SECRET": "another secret",
-    "GOOGLE_GENERATIVE_AI_API_KEY": GEMINI_KEY,
-}
-
-
-async def test_two_agents_answer_beside_the_routes_of_an_app_and_stay_apart(
-    gemini: Gemini, http: aiohttp.ClientSession, tmp_path: Path
+async def test_redis_and_log_in_make_one_agent(
+    redis: Redis, login: Any, serve: Serve
 ) -> None:
-    module = load("own_app.py", tmp_path)
-    lower = {name.lower(): value for name, value in OWN.items()}
-    same = {**lower, "flowers_webhook_secret": SECRET}
-    app = module.make_app(module.OwnSettings(**same))
-    async with served(app) as url:
-        pizza = Layercode(http, f"{url}/pizza")
-        flowers = Layercode(http, f"{url}/flowers", pizza.conversation)
-        greetings = [
-            await one.send(one.event("session.start")) for one in (pizza, flowers)
-        ]
-        assert greetings == [module.Pizza.greeting, module.Flowers.greeting]
-        await flowers.say("Roses")
-        await pizza.say("A salami")
-        assert gemini.heard()[1:] == [
-            ("model", module.Pizza.greeting),
-            ("user", "A salami"),
-        ]
-        instruction = gemini.asked[-1]["systemInstruction"]["parts"][0]["text"]
-        assert "Luigi" in instruction
-        async with http.get(url) as response:
-            assert await response.text() == "Luigi and Rosa are open.\n"
-        origin = {"Origin": "http://localhost:5173"}
-        async with http.options(f"{url}/flowers/authorize", headers=origin) as response:
-            allowed = response.headers["Access-Control-Allow-Origin"]
-        assert allowed == origin["Origin"]
+    one, other = await ends_of(serve, login.LoginAgent, redis.recipe.RedisAgent)
+    greeting = await one.say(custom_metadata={"name": "Ada"})
+    await other.say("Hello.")
+    assert redis.shown()[1:] == [greeting, "Hello."]
+    assert (await authorize(other))[0] == "403 Log in first."
 
 
-async def test_your_own_app_notices_a_barge_in_and_logs_the_turns(
-    gemini: Gemini, http: aiohttp.ClientSession, tmp_path: Path, unused_tcp_port: int
+# ---- Transcripts, and your own aiohttp application -----------------------------------
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Has another program write to a database for a while."""
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+async def test_each_transcript_is_kept_once_although_the_database_was_locked(
+    serve: Serve, load: Any, tmp_path: Path
 ) -> None:
-    file = save("own_app.py", tmp_path)
-    async with process(file, PORT=str(unused_tcp_port), **OWN) as server:
-        url = f"http://127.0.0.1:{unused_tcp_port}"
-        pizza = Layercode(http, f"{url}/pizza")
-        gemini.scripts = [["Well, ", Stall()]]
-        await pizza.barge_in("Hello", after="Well, ")
-        await gemini.until(streams=0)
-        flowers = Layercode(http, f"{url}/flowers")
-        async with flowers.post(flowers.event("session.start")) as response:
-            assert response.status == 401
-        server.terminate()
-        await asyncio.wait_for(server.wait(), 60)
-    log = file.with_suffix(".log").read_text()
-    assert "Traceback" not in log
-    assert f"INFO conversation='{pizza.conversation}'" in log
+    caller = await serve(load("transcripts.py").TranscriptsAgent(SETTINGS))
+    end, other = [caller.event(type="session.end", transcript=[1]) for _ in range(2)]
+    with locked(tmp_path / "calls.sqlite"):
+        again = [end, dict(reversed(end.items()))] * 20
+        told = [asyncio.create_task(caller.answer(event)) for event in again]
+        assert await caller.say("Still there?") == SURE
+        assert not any(one.done() for one in told)
+    assert {one.status for one in await asyncio.gather(*told)} == {200}
+    for event in (other, caller.event(type="data")):
+        assert (await caller.answer(event)).status == 200
+    with contextlib.closing(sqlite3.connect(tmp_path / "calls.sqlite")) as calls:
+        kept = calls.execute("SELECT event FROM calls ORDER BY rowid").fetchall()
+    assert [json.loads(event) for (event,) in kept] == [end, other]
+
+
+async def test_a_locked_database_does_not_hold_up_the_stop(
+    begin: Any, tmp_path: Path
+) -> None:
+    with locked(tmp_path / "calls.sqlite"):
+        process, caller = await begin(recipes.block("transcripts.py"))
+        end = caller.event(type="session.end")
+        told = asyncio.create_task(caller.answer(end))
+        await caller.say()
+        process.terminate()
+        status, log = await asyncio.wait_for(test_agent.end_of(process), 15)
+        await asyncio.gather(told, return_exceptions=True)
+    assert (status, "'session.end' was cut off" in log) == (0, True)
+
+
+async def test_an_application_has_two_agents_and_notices_a_barge_in(
+    begin: Any, tmp_path: Path
+) -> None:
+    code = recipes.save("own_app.py", tmp_path).read_text()
+    process, caller = await begin(code)
+    pizza = replace(caller, url=f"{caller.url}/pizza")
+    roses = replace(caller, url=f"{caller.url}/roses", secret="another secret")
+    assert (await roses.say()).startswith("Rosa")
+    assert (await pizza.say()).startswith("Luigi")
+    caller.gemini.scripts = [["Well, ", forever]]
+    await barge_in(pizza, "A salami.", after="Well, ")
+    async with asyncio.timeout(5):
+        await caller.gemini.until(open=0)
+    await roses.say("Roses.")
+    assert "A salami." not in caller.gemini.shown()
+    pizza.secret = "another secret"
+    assert (await pizza.status(pizza.event("Hi")))[0] == 401
+    process.terminate()
+    _, log = await test_agent.end_of(process)
     assert " interrupted first_word=" in log
-
-
-async def test_your_own_app_logs_as_much_as_log_level_says(
-    http: aiohttp.ClientSession, tmp_path: Path, unused_tcp_port: int
-) -> None:
-    file = save("own_app.py", tmp_path)
-    settings = {"PORT": str(unused_tcp_port), "LOG_LEVEL": "ERROR", **OWN}
-    async with process(file, **settings):
-        pizza = Layercode(http, f"http://127.0.0.1:{unused_tcp_port}/pizza")
-        await pizza.send(pizza.event("session.start"))
-    assert "conversation=" not in file.with_suffix(".log").read_text()
-
-
-async def test_each_agent_of_your_own_app_authorizes_for_itself_alone(
-    http: aiohttp.ClientSession, tmp_path: Path, sessions: list[Event]
-) -> None:
-    module = load("own_app.py", tmp_path)
-    settings = module.OwnSettings(
-        layercode_api_key="API-KEY",
-        layercode_api_url=os.environ["LAYERCODE_API_URL"],
-        pizza_agent_id="pizza",
-        flowers_agent_id="flowers",
-    )
-    async with served(module.make_app(settings)) as url:
-        for name, agent_id, status in (
-            ("pizza", "pizza", 200),
-            ("flowers", "flowers", 200),
-            ("pizza", "flowers", 403),
-            ("flowers", "pizza", 403),
-        ):
-            page = {"agent_id": agent_id}
-            async with http.post(f"{url}/{name}/authorize", json=page) as response:
-                assert response.status == status
-
-
-async def test_the_replies_of_both_agents_have_their_grace_at_the_same_time(
-    gemini: Gemini,
-    http: aiohttp.ClientSession,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(agent, "GRACE", 2)
-    module = load("own_app.py", tmp_path)
-    app = module.make_app(
-        module.OwnSettings(
-            pizza_webhook_secret=SECRET,
-            flowers_webhook_secret=SECRET,
-            google_generative_ai_api_key=GEMINI_KEY,
-        )
-    )
-    ends = []
-
-    async def read(response: aiohttp.ClientResponse) -> None:
-        await response.read()
-        ends.append(time.monotonic())
-
-    gemini.scripts = [["Well, ", Stall()], ["Well, ", Stall()]]
-    async with AsyncExitStack() as stack:
-        url = await stack.enter_async_context(served(app))
-        readers = []
-        for name in ("pizza", "flowers"):
-            one = Layercode(http, f"{url}/{name}")
-            response = await one.post(one.event("message", text="Hello"))
-            await one.hear(response, "Well, ")
-            readers.append(asyncio.create_task(read(response)))
-        await stack.aclose()
-        await asyncio.gather(*readers)
-    assert ends[1] - ends[0] < 1
-
-
-# ---- Transcripts ---------------------------------------------------------------------
-
-
-class Transcripts:
-    """transcripts_agent.py, and what its database has."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        # Webhooks that notice() was given, and those that it is done with.
-        self.arrived = 0
-        self.left = 0
-
-    def agent(self) -> Agent:
-        """An agent of the recipe's, which needs a thread for each of its words."""
-        transcripts = self
-
-        class Threaded(self.module.TranscriptsAgent):  # type: ignore[misc,name-defined]
-            async def reply(self, event: Event, history: list[Any]) -> Any:
-                yield await asyncio.to_thread(str.upper, history[-1].user)
-
-            async def notice(self, event: Event) -> Any:
-                transcripts.arrived += 1
-                try:
-                    return await super().notice(event)
-                finally:
-                    transcripts.left += 1
-
-        return Threaded(Settings(layercode_webhook_secret=SECRET))
-
-    def rows(self) -> list[tuple[Any, ...]]:
-        """What is kept: the type, the conversation and the webhook of each."""
-        with contextlib.closing(sqlite3.connect(self.module.CALLS)) as database:
-            database.execute(self.module.TABLE)
-            return database.execute(
-                "SELECT type, conversation, event FROM calls ORDER BY rowid"
-            ).fetchall()
-
-    @contextlib.contextmanager
-    def locked(self) -> Any:
-        """Has another program write to the database for a while."""
-        with contextlib.closing(
-            sqlite3.connect(self.module.CALLS, isolation_level=None)
-        ) as other:
-            other.execute("BEGIN EXCLUSIVE")
-            yield
-            other.execute("COMMIT")
-
-
-@pytest.fixture
-def transcripts(tmp_path: Path) -> Transcripts:
-    return Transcripts(load("transcripts_agent.py", tmp_path))
-
-
-async def post(caller: Layercode, event: Event) -> int:
-    """The status with which a webhook is answered."""
-    async with caller.post(event) as response:
-        return int(response.status)
-
-
-async def test_transcripts_are_kept_once_if_they_are_signed(
-    start: Start, transcripts: Transcripts
-) -> None:
-    caller = await start(transcripts.agent())
-    said = [{"role": "user", "text": "Hé \ud800"}]
-    end = caller.event("session.end", transcript=said, duration=1000)
-    update = caller.event("session.update", recording_url="https://x/y")
-    for event in (end, end, update, caller.event("data", data={}), end):
-        assert await post(caller, event) == 200
-    async with caller.post(end, signature="t=1,v1=0") as response:
-        assert response.status == 401
-    rows = transcripts.rows()
-    assert [row[:2] for row in rows] == [
-        ("session.end", caller.conversation),
-        ("session.update", caller.conversation),
-    ]
-    assert json.loads(rows[0][2]) == {
-        **end,
-        "transcript": [{"role": "user", "text": "Hé ?"}],
-    }
-    assert "https://x/y" in rows[1][2]
-
-
-async def test_a_locked_database_takes_no_thread_that_a_caller_needs(
-    start: Start, transcripts: Transcripts
-) -> None:
-    caller = await start(transcripts.agent())
-    # More than asyncio has threads on any machine.
-    events = [caller.event("session.end") for _ in range(40)]
-    with transcripts.locked():
-        posts = [asyncio.create_task(post(caller, event)) for event in events]
-        await until(lambda: transcripts.arrived == 40)
-        assert await caller.say("still there?") == "STILL THERE?"
-    assert await asyncio.gather(*posts) == [200] * 40
-    assert len(transcripts.rows()) == 40
-
-
-async def test_a_transcript_is_kept_although_its_connection_drops(
-    start: Start, transcripts: Transcripts
-) -> None:
-    caller = await start(transcripts.agent())
-    with transcripts.locked():
-        first = asyncio.create_task(post(caller, caller.event("session.end")))
-        await until(lambda: transcripts.arrived == 1)
-        second = asyncio.create_task(post(caller, caller.event("session.end")))
-        await until(lambda: transcripts.arrived == 2)
-        second.cancel()
-        await until(lambda: transcripts.left == 1)
-    assert await first == 200
-    await until(lambda: len(transcripts.rows()) == 2)
-
-
-async def test_a_stop_waits_for_the_transcripts_that_are_not_written_yet(
-    http: aiohttp.ClientSession, transcripts: Transcripts
-) -> None:
-    async with AsyncExitStack() as stack:
-        url = await stack.enter_async_context(served(transcripts.agent().make_app()))
-        caller = Layercode(http, url)
-        with transcripts.locked():
-            events = [caller.event("session.end") for _ in range(3)]
-            posts = [asyncio.create_task(post(caller, event)) for event in events]
-            await until(lambda: transcripts.arrived == 3)
-            stopping = asyncio.create_task(stack.aclose())
-            await asyncio.gather(*posts, return_exceptions=True)
-        await stopping
-    assert len(transcripts.rows()) == 3
-
-
-async def test_a_transcript_that_cannot_be_written_is_an_error_in_the_log(
-    start: Start, transcripts: Transcripts, caplog: pytest.LogCaptureFixture
-) -> None:
-    transcripts.module.CALLS.mkdir()
-    caller = await start(transcripts.agent())
-    assert await post(caller, caller.event("session.end")) == 500
-    assert "OperationalError at transcripts_agent.py" in caplog.text
