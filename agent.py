@@ -1514,7 +1514,8 @@ class Sparing(logging.Filter):
             record.exc_info = None
         if self.second != int(record.created):
             if self.lines > MAX_REFUSALS:
-                record.msg += f" ({self.lines - MAX_REFUSALS} more were left out)"
+                left_out = self.lines - MAX_REFUSALS
+                record.msg += f" ({left_out} lines like this were left out before)"
             self.second = int(record.created)
             self.lines = 0
         self.lines += 1

@@ -1,1293 +1,369 @@
-"""Tests of agent.py, over real HTTP: google-genai asks a small Gemini that runs here.
+"""Tests of agent.py, and how to test a server that streams: over real HTTP.
 
-python -m pytest test_agent.py
+    python -m pytest test_agent.py
+
+google-genai asks a small Gemini that runs here; a caller signs webhooks, listens, and
+hangs up in the middle of an answer; what only the served process shows is tested in
+`python agent.py`. Nothing is mocked. Tests wait for what happens, and not for time to
+pass. They stand in the order of agent.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
 import gc
-import gzip
 import inspect
 import json
+import logging
 import os
 import random
 import re
+import shutil
 import signal
+import socket
 import sys
+import threading
 import time
+import weakref
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, fields, replace
-from itertools import count
+from functools import partial
+from itertools import count, product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import certifi
 import pytest
-import pytest_asyncio
 from aiohttp import web
+from pydantic import BaseModel
+from pytest_aiohttp import AiohttpServer
 
 import agent
-from agent import (
-    RUNNER_OPTIONS,
-    Agent,
-    Event,
-    Histories,
-    Settings,
-    SettingsError,
-    Speech,
-    Turn,
-    sign,
-    verify,
-)
+from agent import Agent, Event, Histories, Settings, SettingsError, Speech, Turn, sign
 
-pytestmark = pytest.mark.asyncio
-
-HERE = Path(__file__).parent
-SECRET = "a webhook secret"
-GEMINI_KEY = "SECRET-KEY"
-WITH_GEMINI = Settings(
-    layercode_webhook_secret=SECRET, google_generative_ai_api_key=GEMINI_KEY
-)
-OFFLINE = Settings(layercode_webhook_secret=SECRET)
-# How a certificate ends.
-END = "-----END CERTIFICATE-----\n"
+SECRET, GEMINI_KEY, API_KEY = "a webhook secret", "GEMINI-KEY", "LAYERCODE-KEY"
+OFFLINE = Settings(layercode_webhook_secret=SECRET, layercode_api_key=API_KEY)
+SETTINGS = replace(OFFLINE, google_generative_ai_api_key=GEMINI_KEY)
+GREETING, APOLOGY, NEVER = Agent.greeting, Agent.apology, float("inf")
+# What Gemini says where a test has no script for it.
+SURE = "Sure, no problem."
 ids = count(1)
-
-# ---- A small Gemini ------------------------------------------------------------------
-
-
-class Stall:
-    """A step of a script: nothing more comes."""
+Test = TypeVar("Test", bound=Callable[..., Any])
+Patch = pytest.MonkeyPatch
 
 
-class Cut:
-    """A step of a script: the connection is reset."""
+def cases(*rows: Any) -> Callable[[Test], Test]:
+    """Runs a test once with each of the rows, which are its last arguments."""
+
+    def marked(test: Test) -> Test:
+        size = len(rows[0]) if isinstance(rows[0], tuple) else 1
+        names = ",".join([*inspect.signature(test).parameters][-size:])
+        mark = pytest.mark.parametrize(names, rows, ids=lambda it: f"{it}"[:30])
+        many: Test = mark(test)
+        return many
+
+    return marked
 
 
-class Hang:
-    """A step of a script: the answer is over, but the stream stays open."""
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
-@dataclass
-class Status:
-    """A script of its own: Gemini answers with an error."""
+class Gate:
+    """Where something waits until a test lets it go on; nothing else refers to it."""
 
-    code: int
-    word: str = "SOME_STATUS"
-    message: str = "the key SECRET-KEY said hello"
-    # As Gemini's details tell it.
-    reason: str = "SOME_REASON"
+    def __init__(self, is_open: bool = False) -> None:
+        self.is_open = is_open
+        self.reached = asyncio.Event()
+        self.waits: list[weakref.ref[asyncio.Future[None]]] = []
 
-    def response(self) -> web.Response:
-        error = {
-            "code": self.code,
-            "message": self.message,
-            "status": self.word,
-            "details": [{"reason": self.reason}],
-        }
-        return web.json_response({"error": error}, status=self.code)
+    async def __call__(self) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waits.append(weakref.ref(future))
+        self.reached.set()
+        if not self.is_open:
+            await future
+
+    def open(self) -> None:
+        """Lets all go on that has not been collected as garbage."""
+        gc.collect()
+        self.is_open = True
+        for wait in self.waits:
+            if (future := wait()) is not None and not future.done():
+                future.set_result(None)
 
 
-# A str is said, a list is the parts of a chunk, bytes are sent as they are, an event
-# is waited for.
-Step = str | list[Event] | bytes | asyncio.Event | Stall | Cut | Hang | Status
+nothing = partial(asyncio.sleep, 0)
+
+
+async def forever() -> None:
+    await asyncio.Event().wait()
+
+
+async def fails() -> None:
+    raise KeyError("secret words")
+
+
+async def waits_and_fails() -> None:
+    try:
+        await forever()
+    finally:
+        await fails()
+
+
+# ---- A small Gemini, and Layercode's REST API ----------------------------------------
+
+# A step of a script: a str is said, a list is the parts of a chunk, bytes are sent as
+# they are, a function is waited for, CUT resets the connection. A tuple in place of a
+# script is an error: its code and words.
+Step = Any
+CUT = ConnectionResetError()
 
 
 class Gemini:
     """Speaks Gemini's streaming format, as the next of its scripts says."""
 
     def __init__(self) -> None:
-        self.scripts: list[list[Step]] = []
-        # The JSON of each request for words.
+        self.scripts: list[Any] = []
+        # The JSON of requests for words and for sessions; all requests; how many go on.
         self.asked: list[Event] = []
-        # The headers of each request for words.
-        self.headers: list[Mapping[str, str]] = []
-        # The models that were asked.
-        self.models: set[str] = set()
-        # How often the model was looked up, which is how the agent connects.
-        self.looked_up = 0
-        # What a look-up is answered with, if it is not; a Stall never is.
-        self.refuses: Status | Stall | None = None
-        self.connections: set[asyncio.BaseTransport | None] = set()
-        # Streams that are not over.
+        self.sessions: list[Event] = []
+        self.requests: list[web.Request] = []
         self.open = 0
-        self.changed = asyncio.Condition()
+        # The answers to look-ups, by which the agent connects, and for a session.
+        self.look_up: Callable[[], Awaitable[Any]] = nothing
+        self.session: Event = {"status": 200, "text": '{"client_session_key": "k"}'}
 
-    async def stream(self, request: web.Request) -> web.StreamResponse:
-        self.asked.append(await request.json())
-        self.headers.append(request.headers)
-        self.models.add(request.match_info["model"].partition(":")[0])
-        self.connections.add(request.transport)
-        script = self.scripts.pop(0) if self.scripts else ["Sure, ", "no problem."]
-        if script and isinstance(script[0], Status):
-            return script[0].response()
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await self.change(+1)
+    @web.middleware
+    async def count(self, request: web.Request, handler: Any) -> Any:
+        self.open += 1
+        self.requests.append(request)
         try:
-            await response.prepare(request)
-            for step in script:
-                await self.play(step, request, response)
-            if not script or not isinstance(script[-1], Hang | bytes):
-                await response.write(chunk("", "STOP"))
+            return await handler(request)
         finally:
-            await asyncio.shield(self.change(-1))
+            self.open -= 1
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append(await request.json())
+        script = self.scripts.pop(0) if self.scripts else ["Sure, ", "no problem."]
+        if isinstance(script, tuple):
+            return refusal(*script)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for step in script:
+            if callable(step):
+                await step()
+            elif step is CUT and request.transport:
+                request.transport.abort()
+            else:
+                await response.write(step if isinstance(step, bytes) else chunk(step))
+        if not script or not isinstance(script[-1], bytes):
+            await response.write(chunk("", "STOP"))
         return response
 
-    async def play(
-        self, step: Step, request: web.Request, response: web.StreamResponse
-    ) -> None:
-        if isinstance(step, Cut):
-            assert request.transport is not None
-            request.transport.abort()
-        elif isinstance(step, Stall):
-            await asyncio.Event().wait()
-        elif isinstance(step, Hang):
-            await response.write(chunk("", "STOP"))
-            await asyncio.Event().wait()
-        elif isinstance(step, asyncio.Event):
-            await step.wait()
-        elif isinstance(step, bytes):
-            await response.write(step)
-        elif isinstance(step, str | list):
-            await response.write(chunk(step))
+    async def describe(self, request: web.Request) -> Any:
+        return await self.look_up() or web.json_response({"name": "models/a"})
 
-    async def change(self, by: int) -> None:
-        async with self.changed:
-            self.open += by
-            self.changed.notify_all()
+    async def authorize(self, request: web.Request) -> web.Response:
+        self.sessions.append(await request.json())
+        return web.Response(**self.session, headers={"Location": "/"})
 
-    async def until(self, streams: int) -> None:
-        """Waits until so many streams are open."""
-        async with asyncio.timeout(5), self.changed:
-            await self.changed.wait_for(lambda: self.open == streams)
+    async def until(self, open: int) -> None:
+        await until(lambda: self.open == open)
 
-    async def model(self, request: web.Request) -> web.Response:
-        self.looked_up += 1
-        self.connections.add(request.transport)
-        if isinstance(self.refuses, Status):
-            return self.refuses.response()
-        if isinstance(self.refuses, Stall):
-            await asyncio.Event().wait()
-        return web.json_response({"name": "models/" + request.match_info["model"]})
+    def shown(self) -> list[str]:
+        """What the last request showed of the conversation, a text for each part."""
+        parts = [part for said in self.asked[-1]["contents"] for part in said["parts"]]
+        return [text for text in map(spelled, parts) if text]
 
-    def hang_up(self) -> None:
-        """Closes all connections."""
-        for connection in self.connections:
-            if connection is not None:
-                connection.close()
+    def results(self) -> list[Event]:
+        """What the last request told of the tools that were called last."""
+        parts = self.asked[-1]["contents"][-1]["parts"]
+        return [part["functionResponse"]["response"] for part in parts]
 
-    def heard(self, request: int = -1) -> list[tuple[str, str]]:
-        """What a request showed of the conversation, as (role, text) pairs."""
-        return [
-            (said["role"], part["text"])
-            for said in self.asked[request]["contents"]
-            for part in said["parts"]
-        ]
 
-    def app(self) -> web.Application:
-        app = web.Application()
-        app.router.add_post("/{version}/models/{model}", self.stream)
-        app.router.add_get("/{version}/models/{model}", self.model)
-        return app
+def raw(**answer: Any) -> bytes:
+    return f"data: {json.dumps(answer)}\r\n\r\n".encode()
 
 
 def chunk(step: str | list[Event], finish: str = "") -> bytes:
     """A chunk as Gemini streams it, of a text or a list of parts."""
     parts = [{"text": step}] if isinstance(step, str) else step
-    candidate: Event = {"content": {"parts": parts, "role": "model"}, "index": 0}
-    if finish:
-        candidate["finishReason"] = finish
-    body = {"candidates": [candidate], "modelVersion": "gemini-test"}
-    return f"data: {json.dumps(body)}\r\n\r\n".encode()
+    candidate: Event = {"content": {"parts": parts, "role": "model"}}
+    return raw(candidates=[candidate | ({"finishReason": finish} if finish else {})])
+
+
+def refusal(code: int, words: str = "") -> web.Response:
+    error: Event = {"code": code, "status": "STATUS", "details": [{"reason": words}]}
+    error["message"] = f"{words} {GEMINI_KEY}"
+    return web.json_response({"error": error}, status=code)
+
+
+def call(name: str, **arguments: Any) -> Event:
+    called = {"name": name, "args": arguments, "id": f"call_of_{name}"}
+    return {"functionCall": called, "thoughtSignature": "c2lnbmVk"}
+
+
+def spelled(part: Event) -> str:
+    if "functionCall" in part:
+        return f"calls {part['functionCall']['name']}"
+    if "functionResponse" in part:
+        return f"gives {json.dumps(part['functionResponse']['response'])}"
+    return str(part["text"])
 
 
 # ---- Layercode's part ----------------------------------------------------------------
 
 
-class Layercode:
-    """Plays Layercode's part against the agent at a URL, in one conversation."""
+@dataclass
+class Caller:
+    """Plays Layercode's part against a served agent, in a conversation of its own."""
 
-    def __init__(
-        self,
-        http: aiohttp.ClientSession,
-        url: str,
-        conversation: str = "",
-        secret: str = SECRET,
-    ) -> None:
-        self.http = http
-        self.url = url
-        self.secret = secret
-        self.conversation = conversation or f"conversation_{next(ids)}"
+    http: aiohttp.ClientSession
+    url: str
+    gemini: Gemini
+    # What agents have logged.
+    log: Callable[[], list[str]]
+    secret: str = SECRET
+    conversation: str = "a conversation"
+
+    def another(self) -> Caller:
+        return replace(self, conversation=f"conversation_{next(ids)}")
+
+    def event(self, text: str | None = None, **more: Any) -> Event:
+        """A webhook of a new turn: what the caller says, or a greeting."""
+        event = {"type": "welcome" if text is None else "message", "text": text}
+        event |= {"turn_id": f"turn_{next(ids)}", "session_id": "session"}
+        return {**event, "conversation_id": self.conversation, **more}
 
     def post(
-        self,
-        event: Event | None = None,
-        body: bytes = b"",
-        signature: str | None = None,
-        path: str = "/agent",
-    ) -> Any:
-        body = body or json.dumps(event).encode()
-        if signature is None:
-            signature = sign(body, self.secret)
-        headers = {"layercode-signature": signature}
-        return self.http.post(self.url + path, data=body, headers=headers)
+        self, event: Event | bytes, path: str = "/agent", headers: Any = None
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """Posts a webhook, rightly signed unless told otherwise, or a page's words."""
+        body = event if isinstance(event, bytes) else json.dumps(event).encode()
+        headers = headers or {"layercode-signature": sign(body, self.secret)}
+        url = self.url + path
+        return self.http.post(url, data=body, headers=headers, allow_redirects=False)
 
-    def event(self, kind: str, **more: Any) -> Event:
-        """A webhook of a new turn."""
-        event = {
-            "type": kind,
-            "turn_id": f"turn_{next(ids)}",
-            "conversation_id": self.conversation,
-            "session_id": "session_1",
-        }
-        return {**event, **more}
+    async def answer(self, *asked: Any) -> aiohttp.ClientResponse:
+        """The answer to what is posted, at its end."""
+        async with self.post(*asked) as response:
+            await response.read()
+        return response
+
+    async def status(self, *asked: Any) -> tuple[int, str]:
+        response = await self.answer(*asked)
+        return response.status, str(response.reason)
 
     async def frames(self, event: Event) -> list[Event]:
-        """The frames that one webhook is answered with."""
-        async with self.post(event) as response:
-            text = await response.text()
-        assert response.status == 200, text
-        frames = [json.loads(line[6:]) for line in text.split("\n\n") if line]
-        assert all(frame["turn_id"] == event["turn_id"] for frame in frames)
+        """The frames that a webhook is answered with, without the last one."""
+        lines = (await (await self.answer(event)).text()).split("\n\n")
+        frames = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+        assert {frame.pop("turn_id") for frame in frames} == {event["turn_id"]}
+        assert frames.pop() == {"type": "response.end"}
         return frames
 
-    async def refused(self, event: Event | None = None, **how: Any) -> tuple[int, str]:
-        """The status and the reason with which a webhook is refused."""
-        async with self.post(event, **how) as response:
-            answer = await response.json()
-        assert list(answer) == ["error"]
-        return response.status, answer["error"]
-
     async def send(self, event: Event) -> str:
-        """The words that one webhook is answered with."""
         return words(await self.frames(event))
 
-    async def say(self, text: str, **more: Any) -> str:
-        """The words that a message is answered with."""
-        return await self.send(self.event("message", text=text, **more))
+    async def say(self, text: str | None = None, **more: Any) -> str:
+        """The words that a message, or a greeting, is answered with."""
+        return await self.send(self.event(text, **more))
 
     async def hear(self, response: aiohttp.ClientResponse, until: str) -> str:
-        """Reads an answer up to some words."""
         heard = ""
         while until not in heard:
             line = await response.content.readline()
             assert line, f"heard only {heard!r}"
-            if line.startswith(b"data: "):
-                heard += words([json.loads(line[6:])])
+            heard += words([json.loads(line[6:])]) if line != b"\n" else ""
         return heard
 
-    async def barge_in(self, text: str, after: str, **more: Any) -> Event:
-        """Says something and drops the connection after some words of the answer."""
-        event = self.event("message", text=text, **more)
-        async with self.post(event) as response:
-            await self.hear(response, after)
-            response.close()
-        return event
+    async def drop(self, when: Awaitable[Any], *asked: Any) -> None:
+        """Posts something and drops the connection when something has happened."""
+        posting = asyncio.create_task(self.answer(*asked))
+        await when
+        posting.cancel()
+        await asyncio.wait([posting])
+
+    async def stranger(self, request: str) -> str:
+        """The status and the reason for any bytes, once the connection is closed."""
+        port = int(self.url.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request.encode("latin-1"))
+        answer = await reader.read()
+        writer.close()
+        return answer.decode().partition("\r\n")[0].partition(" ")[2]
 
 
 def words(frames: list[Event]) -> str:
-    """What is spoken in these frames."""
-    return "".join(
-        frame["content"] for frame in frames if frame["type"] == "response.tts"
-    )
+    return "".join(one["content"] for one in frames if one["type"] == "response.tts")
 
 
-def report(event: Event, heard: str) -> Event:
-    """What the next message tells of an answer that was interrupted."""
-    return {
-        "interruption_context": {
-            "previous_turn_interrupted": True,
-            "words_heard": len(heard.split()),
-            "text_heard": heard,
-            "assistant_turn_id": event["turn_id"],
-        }
-    }
+def report(heard: Any, turn_id: Any, told: Any = True) -> Event:
+    """What the next webhook tells of an answer that was interrupted."""
+    context = {"previous_turn_interrupted": told, "text_heard": heard}
+    return {"interruption_context": {**context, "assistant_turn_id": turn_id}}
 
 
-# ---- Fixtures ------------------------------------------------------------------------
+# ---- Agents and stores that do what a test says --------------------------------------
 
-Start = Callable[[Agent], Awaitable[Layercode]]
 
+class Own(Agent):
+    """Yields its pieces, or waits for those that are functions; or has Gemini reply."""
 
-@asynccontextmanager
-async def served(app: web.Application, **options: Any) -> AsyncIterator[str]:
-    """Serves an application on a free port, as main() would; gives its URL."""
-    runner = web.AppRunner(app, **{**RUNNER_OPTIONS, **options})
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
-
-
-@pytest_asyncio.fixture
-async def gemini(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> AsyncIterator[Gemini]:
-    """A Gemini, which google-genai asks for as long as the test runs."""
-    fake = Gemini()
-    # Each agent's client would take a tenth of a second to read them all.
-    certificates = Path(certifi.where()).read_text("utf-8")
-    one_certificate = tmp_path / "one_certificate.pem"
-    one_certificate.write_text(certificates[: certificates.index("-----END")] + END)
-    monkeypatch.setenv("SSL_CERT_FILE", str(one_certificate))
-    async with served(fake.app(), handler_cancellation=True) as url:
-        monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", url)
-        yield fake
-
-
-@pytest_asyncio.fixture
-async def start() -> AsyncIterator[Start]:
-    """Serves an agent; gives the caller's end of it."""
-    connector = aiohttp.TCPConnector(limit=0)
-    async with AsyncExitStack() as stack:
-        http = await stack.enter_async_context(
-            aiohttp.ClientSession(connector=connector)
-        )
-
-        async def start(one: Agent) -> Layercode:
-            url = await stack.enter_async_context(served(one.make_app()))
-            return Layercode(http, url)
-
-        yield start
-
-
-@pytest_asyncio.fixture
-async def caller(start: Start, gemini: Gemini) -> Layercode:
-    """A caller of the agent as it comes, with a key for Gemini."""
-    return await start(Agent(WITH_GEMINI))
-
-
-@pytest_asyncio.fixture
-async def offline(start: Start) -> Layercode:
-    """A caller of the agent as it comes, without a key for Gemini."""
-    return await start(Agent(OFFLINE))
-
-
-@pytest.fixture(autouse=True)
-def log_level(caplog: pytest.LogCaptureFixture) -> None:
-    """Has the agent log as it does when it is served."""
-    caplog.set_level("INFO", "agent")
-
-
-def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """The lines of the agent's log, but those for debugging."""
-    return [
-        record.getMessage()
-        for record in caplog.records
-        if record.name == "agent" and record.levelname != "DEBUG"
-    ]
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Waits until a condition holds."""
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
-async def run(
-    *arguments: str,
-    stdin: int = PIPE,
-    file: Path | str = agent.__file__,
-    **settings: str,
-) -> Process:
-    """Runs agent.py, or a file that could stand beside it, in a process of its own.
-
-    It has these settings and no others.
-    """
-    unset = {one.name.upper(): "" for one in fields(Settings)}
-    return await asyncio.create_subprocess_exec(
-        sys.executable,
-        str(file),
-        *arguments,
-        stdin=stdin,
-        stdout=PIPE,
-        stderr=PIPE,
-        env={**os.environ, **unset, "PYTHONPATH": str(HERE), **settings},
-    )
-
-
-@asynccontextmanager
-async def serving(
-    file: Path, port: int, **settings: str
-) -> AsyncIterator[tuple[Process, Layercode]]:
-    """Serves a file in a process of its own; gives it and the caller's end of it."""
-    settings["LAYERCODE_WEBHOOK_SECRET"] = SECRET
-    process = await run(file=file, PORT=str(port), **settings)
-    assert process.stdout is not None
-    try:
-        async with asyncio.timeout(20), aiohttp.ClientSession() as http:
-            assert (await process.stdout.readline()).startswith(b"Up: ")
-            yield process, Layercode(http, f"http://127.0.0.1:{port}")
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-
-
-# ---- A conversation ------------------------------------------------------------------
-
-
-async def test_a_conversation_reaches_gemini_as_it_was_said_and_heard(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    greeting = await caller.send(caller.event("session.start"))
-    gemini.scripts = [["Sure, the first ", "step is ", Stall()]]
-    cut = await caller.barge_in("How do I bake?", after="step is ")
-    await gemini.until(streams=0)
-    again = await caller.say("No, cake!", **report(cut, "Sure, the first"))
-    assert (greeting, again) == (Agent.greeting, "Sure, no problem.")
-    assert gemini.heard() == [
-        ("user", "(The caller says nothing.)"),
-        ("model", Agent.greeting),
-        ("user", "How do I bake?"),
-        ("model", "Sure, the first [interrupted]"),
-        ("user", "No, cake!"),
-    ]
-
-
-async def test_who_comes_back_is_welcomed_back_and_nothing_is_forgotten(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    greeted = [
-        await caller.send(caller.event("welcome")),
-        await caller.send(caller.event("session.start")),
-    ]
-    assert greeted == [Agent.greeting, Agent.welcome_back]
-    await caller.say("Hello.")
-    assert [text for role, text in gemini.heard() if role == "model"] == greeted
-
-
-async def test_the_oldest_webhooks_make_one_conversation_of_a_session(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    for text in ("one", "two"):
-        event = caller.event("message", text=text)
-        event["session_id"] = event.pop("conversation_id")
-        await caller.send(event)
-    assert [text for role, text in gemini.heard() if role == "user"] == ["one", "two"]
-
-
-# ---- Agents of one's own -------------------------------------------------------------
-
-PIZZA = """
-from agent import Agent, main
-
-
-class Pizza(Agent):
-    greeting = "Luigi's Pizza! What can I get you?"
-    persona = "You take orders for Luigi's Pizza in Leeds."
-
-
-if __name__ == "__main__":
-    main(Pizza)
-"""
-
-
-async def test_six_lines_are_an_agent_that_serves_and_chats(
-    gemini: Gemini, tmp_path: Path, unused_tcp_port: int
-) -> None:
-    pizza = tmp_path / "pizza.py"
-    pizza.write_text(PIZZA)
-    key = {"GOOGLE_GENERATIVE_AI_API_KEY": GEMINI_KEY}
-    async with serving(pizza, unused_tcp_port, **key) as (_, caller):
-        assert "Luigi's" in await caller.send(caller.event("session.start"))
-        await caller.say("A salami, please.")
-    assert "Leeds" in gemini.asked[-1]["systemInstruction"]["parts"][0]["text"]
-    chat = await run("chat", file=pizza)
-    said, _ = await chat.communicate(b"")
-    assert (chat.returncode, b"Luigi's" in said) == (0, True)
-
-
-async def test_the_model_is_told_the_persona_and_the_rules_of_speech(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    await caller.say("hello")
-    told = f"{Agent.persona}\n{Agent.voice_rules}"
-    assert gemini.asked[-1]["systemInstruction"]["parts"] == [{"text": told}]
-
-
-async def test_a_greeting_sees_the_webhook(start: Start) -> None:
-    class Polite(Agent):
-        async def greet(self, event: Event, history: list[Turn]) -> Speech:
-            yield f"Hello {event['custom_metadata']['name']}!"
-            yield f" You are {event['from_phone_number']}."
-
-    caller = await start(Polite(OFFLINE))
-    event = caller.event("session.start", from_phone_number="+44 1")
-    event["custom_metadata"] = {"name": "Ana"}
-    assert await caller.send(event) == "Hello Ana! You are +44 1."
-
-
-async def test_a_greeting_may_be_gemini_s(start: Start, gemini: Gemini) -> None:
-    class Witty(Agent):
-        async def greet(self, event: Event, history: list[Turn]) -> Speech:
-            async for chunk in self.ask(history):
-                yield chunk.text
-
-    caller = await start(Witty(WITH_GEMINI))
-    assert await caller.send(caller.event("welcome")) == "Sure, no problem."
-    assert gemini.heard() == [("user", "(The caller says nothing.)")]
-
-
-async def test_two_agents_in_one_application_are_strangers_to_each_other(
-    gemini: Gemini,
-) -> None:
-    class Pizza(Agent):
-        greeting = "Luigi's Pizza!"
-        persona = "You sell pizza."
-
-    class Bank(Agent):
-        greeting = "The bank."
-        persona = "You lend money."
-
-    app = web.Application()
-    app.add_subapp("/pizza", Pizza(WITH_GEMINI).make_app())
-    other_secret = replace(WITH_GEMINI, layercode_webhook_secret="another")
-    app.add_subapp("/bank", Bank(other_secret).make_app())
-    async with served(app) as url, aiohttp.ClientSession() as http:
-        pizza = Layercode(http, url + "/pizza", "the same")
-        bank = Layercode(http, url + "/bank", "the same", secret="another")
-        for one, greeting in ((pizza, Pizza.greeting), (bank, Bank.greeting)):
-            assert await one.send(one.event("welcome")) == greeting
-            await one.say("hello")
-            assert ("model", greeting) in gemini.heard()
-            assert len(gemini.heard()) == 3
-        prompts = [asked["systemInstruction"]["parts"] for asked in gemini.asked]
-        assert "pizza" in str(prompts[0]) and "money" in str(prompts[1])
-        pizza.secret = bank.secret
-        assert (await pizza.refused(pizza.event("welcome")))[0] == 401
-
-
-async def test_a_data_webhook_can_be_answered(start: Start) -> None:
-    class Pizza(Agent):
-        async def notice(self, event: Event) -> Event | None:
-            return {"type": "response.data", "content": event["data"]}
-
-    caller = await start(Pizza(OFFLINE))
-    async with caller.post(caller.event("data", data={"size": 9})) as response:
-        answer = await response.json()
-    assert answer == {"type": "response.data", "content": {"size": 9}}
-
-
-async def test_an_error_in_notice_is_a_500_that_the_log_explains(
-    start: Start, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Broken(Agent):
-        async def notice(self, event: Event) -> Event | None:
-            raise KeyError("secret words")
-
-    caller = await start(Broken(OFFLINE))
-    assert (await caller.refused(caller.event("data")))[0] == 500
-    [line] = logged(caplog)
-    assert "POST '/agent' failed: KeyError at test_agent.py:" in line
-    assert "secret" not in caplog.text
-
-
-async def test_reply_can_be_called_without_a_server_or_a_key() -> None:
-    async with aclosing(Agent(OFFLINE).reply({}, [Turn("hello")])) as pieces:
-        assert await anext(pieces) == "I'm "
-
-
-async def test_reply_can_be_called_without_a_server_but_with_gemini(
-    gemini: Gemini,
-) -> None:
-    one = Agent(WITH_GEMINI)
-    async with one.connected():
-        pieces = [piece async for piece in one.reply({}, [Turn("hello")])]
-    assert pieces == ["Sure, ", "no problem."]
-    assert gemini.heard() == [("user", "hello")]
-
-
-async def test_what_ask_is_given_comes_before_the_defaults(gemini: Gemini) -> None:
-    one = Agent(replace(WITH_GEMINI, gemini_thinking="low"))
-    config: Event = {
-        "system_instruction": "Be brief.",
-        "temperature": 0.5,
-        "thinking_config": {"thinking_budget": 7},
-        "http_options": {
-            "headers": {"x-shop": "Leeds"},
-            "extra_body": {"labels": {"shop": "Leeds"}},
-        },
-    }
-    async with one.connected(), aclosing(one.ask([Turn("hi")], config)) as chunks:
-        assert [chunk.text async for chunk in chunks][0] == "Sure, "
-    [asked] = gemini.asked
-    assert asked["systemInstruction"]["parts"] == [{"text": "Be brief."}]
-    assert asked["generationConfig"]["temperature"] == 0.5
-    assert asked["generationConfig"]["thinkingConfig"] == {"thinking_budget": 7}
-    assert gemini.headers[-1]["x-shop"] == "Leeds"
-    assert asked["labels"] == {"shop": "Leeds"}
-    assert gemini.heard() == [("user", "hi")]
-
-
-ORDERED: list[Event] = [
-    {"role": "model", "parts": [{"functionCall": {"name": "order"}}]},
-    {"role": "user", "parts": [{"functionResponse": {"name": "order"}}]},
-]
-
-
-async def test_what_a_reply_did_beside_speaking_is_shown_to_the_model(
-    start: Start, gemini: Gemini
-) -> None:
-    call, result = ORDERED
-    one = Agent(WITH_GEMINI)
-    caller = await start(one)
-    order = {"user": "A salami!", "done": ORDERED}
-    await one.histories.record(caller.conversation, "an earlier turn", **order)
-    await caller.say("Hello?")
-    async with aclosing(one.ask([Turn("A ham!", done=ORDERED)])) as chunks:
-        await anext(chunks)
-    assert gemini.asked[0]["contents"] == [
-        {"role": "user", "parts": [{"text": "A salami!"}]},
-        call,
-        result,
-        {"role": "model", "parts": [{"text": "[interrupted]"}]},
-        {"role": "user", "parts": [{"text": "Hello?"}]},
-    ]
-    assert gemini.asked[1]["contents"][1:] == ORDERED
-
-
-async def test_what_a_reply_did_is_shown_even_if_it_said_nothing() -> None:
-    turns = [Turn("Bye!", finished=True, done=ORDERED), Turn("Hello?")]
-    assert agent.contents(turns) == [
-        {"role": "user", "parts": [{"text": "Bye!"}]},
-        *ORDERED,
-        {"role": "user", "parts": [{"text": "Hello?"}]},
-    ]
-
-
-async def test_gemini_cannot_be_asked_without_a_key() -> None:
-    with pytest.raises(RuntimeError, match="GOOGLE_GENERATIVE_AI_API_KEY"):
-        Agent(OFFLINE).ask([Turn("hello")])
-
-
-# ---- The signature -------------------------------------------------------------------
-
-
-async def test_a_webhook_is_verified_as_it_was_sent_and_not_as_it_is_written_again(
-    caller: Layercode,
-) -> None:
-    event = caller.event("message", text="caf\u00e9", metadata={"price": 1.0})
-    for body in (
-        json.dumps(event),
-        json.dumps(event, indent=2),
-        json.dumps(event, ensure_ascii=False),
-    ):
-        async with caller.post(body=body.encode()) as response:
-            assert response.status == 200
-
-
-NOW = int(time.time())
-BODY = b'{"type": "data", "session_id": "session_1"}'
-
-
-@pytest.mark.parametrize("path", ["/agent", "/api/agent"])
-@pytest.mark.parametrize(
-    "signature",
-    [
-        "nonsense",
-        "t=1,v1=00",
-        "t=,v1=",
-        "\u00e9",
-        f"t={NOW},v1=\u00e9",
-        f"t={'9' * 5000},v1=00",
-        "t=\u00b2,v1=00",
-        sign(BODY, SECRET, str(NOW - 310)),
-        sign(BODY, SECRET, str(NOW + 3600)),
-        sign(BODY, "another secret", str(NOW)),
-        sign(BODY + b" ", SECRET, str(NOW)),
-        sign(BODY, SECRET, str(NOW)).replace("v1=", "v0="),
-    ],
-)
-async def test_a_webhook_without_a_right_signature_is_refused(
-    offline: Layercode, signature: str, path: str
-) -> None:
-    status, error = await offline.refused(body=BODY, signature=signature, path=path)
-    assert (status, "LAYERCODE_WEBHOOK_SECRET" in error) == (401, True)
-
-
-async def test_a_webhook_without_a_signature_is_told_so(offline: Layercode) -> None:
-    status, error = await offline.refused(body=BODY, signature="")
-    assert (status, error) == (401, "the header layercode-signature is missing")
-
-
-async def test_a_signature_holds_for_five_minutes_either_way() -> None:
-    for age in (-290, 0, 290):
-        signature = sign(BODY, SECRET, str(int(time.time()) + age))
-        assert verify(signature, BODY, SECRET)
-
-
-async def test_while_a_secret_is_rotated_one_right_v1_of_several_is_enough() -> None:
-    timestamp, right = sign(BODY, SECRET).split(",")
-    wrong = "v1=" + "0" * 64
-    assert verify(f"{timestamp},{wrong},{right}", BODY, SECRET)
-    assert verify(f"{timestamp},{right},{wrong}", BODY, SECRET)
-    assert not verify(f"{timestamp},{wrong},{wrong}", BODY, SECRET)
-
-
-async def test_without_a_webhook_secret_nothing_is_accepted(start: Start) -> None:
-    caller = await start(Agent(Settings()))
-    caller.secret = ""
-    refused = await caller.refused(caller.event("welcome"))
-    assert refused == (500, "LAYERCODE_WEBHOOK_SECRET is not set")
-
-
-# ---- Webhooks ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value", [5, ["x"], {"x": 1}, {}, 0, False])
-@pytest.mark.parametrize("name", ["type", "conversation_id", "turn_id", "text"])
-async def test_a_field_that_is_not_a_text_is_named(
-    offline: Layercode, name: str, value: object
-) -> None:
-    event = {**offline.event("message", text="hello"), name: value}
-    error = f"{name} is missing or not a text"
-    assert await offline.refused(event) == (400, error)
-
-
-@pytest.mark.parametrize("name", ["type", "turn_id", "text"])
-async def test_a_field_that_is_missing_is_named(offline: Layercode, name: str) -> None:
-    event = offline.event("message", text="hello")
-    del event[name]
-    error = f"{name} is missing or not a text"
-    assert await offline.refused(event) == (400, error)
-
-
-async def test_a_webhook_of_no_conversation_is_refused(offline: Layercode) -> None:
-    status, error = await offline.refused({"type": "data"})
-    assert (status, error) == (400, "conversation_id is missing or not a text")
-
-
-@pytest.mark.parametrize("text", ["", None, "  "])
-async def test_what_was_not_understood_is_asked_for_again(
-    caller: Layercode, gemini: Gemini, text: str | None
-) -> None:
-    event = caller.event("message", text=text)
-    assert await caller.send(event) == Agent.apology
-    assert not gemini.asked
-
-
-@pytest.mark.parametrize(
-    "kind", ["data", "session.update", "session.end", "session.start", "something.new"]
-)
-async def test_what_asks_for_no_words_gets_a_mere_200(
-    offline: Layercode, kind: str
-) -> None:
-    event = {"type": kind, "session_id": "session_1", "data": {"a": 1}}
-    async with offline.post(event) as response:
-        assert (response.status, await response.json()) == (200, {})
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b" ",
-        b"null",
-        b"5",
-        b'"x"',
-        b"\xff\xfe",
-        b"\x00",
-        b"{",
-        b"[" * 100_000,
-        b'{"a":' * 50_000,
-        b'{"type": 1' + b"0" * 5000 + b"}",
-        b'{"type": {}, "session_id": []}',
-        b'{"type": NaN}',
-        b"[1, 2]",
-        b'["ab"]',
-        b'[["type", "message"]]',
-        b'{"": "x"}',
-    ],
-)
-async def test_rubbish_is_a_clear_400(offline: Layercode, body: bytes) -> None:
-    status, error = await offline.refused(body=body)
-    assert status == 400
-    assert error.endswith(("is not a JSON object", "is missing or not a text"))
-
-
-@pytest.mark.parametrize("name", ["text", "turn_id", "conversation_id", "metadata"])
-async def test_halves_of_characters_do_not_break_a_conversation(
-    caller: Layercode, gemini: Gemini, name: str
-) -> None:
-    event = caller.event("message", text="hello")
-    async with caller.post({**event, name: "a\ud800b\x00\n"}) as response:
-        assert response.status == 200
-        await response.read()
-    assert gemini.heard() == [("user", "a?b\x00" if name == "text" else "hello")]
-
-
-async def test_bodies_of_one_mebibyte_are_read_and_no_larger_ones(
-    offline: Layercode,
-) -> None:
-    event = offline.event("data", padding="")
-    event["padding"] = "x" * (2**20 - len(json.dumps(event)))
-    async with offline.post(event) as response:
-        assert response.status == 200
-    event["padding"] += "x"
-    assert (await offline.refused(event))[0] == 413
-
-
-async def test_a_compressed_body_is_refused_and_not_inflated(
-    offline: Layercode,
-) -> None:
-    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
-    url = offline.url + "/agent"
-    for body in (b"{}", gzip.compress(b"{}")):
-        async with offline.http.post(url, data=body, headers=headers) as response:
-            assert response.status == 415
-
-
-async def test_a_body_that_does_not_end_is_not_waited_for(
-    offline: Layercode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agent, "BODY_PATIENCE", 0.1)
-
-    async def endless() -> AsyncIterator[bytes]:
-        yield b"{"
-        await asyncio.Event().wait()
-
-    async with offline.http.post(offline.url + "/agent", data=endless()) as response:
-        assert response.status == 408
-
-
-async def test_health_checks_hear_that_it_is_up(offline: Layercode) -> None:
-    async with offline.http.get(offline.url + "/") as response:
-        assert (response.status, await response.text()) == (200, "The agent is up.\n")
-
-
-async def test_a_wrong_path_is_an_error_in_json(offline: Layercode) -> None:
-    status, _ = await offline.refused(offline.event("welcome"), path="/webhook")
-    assert status in (404, 405)
-
-
-# ---- The answer ----------------------------------------------------------------------
-
-
-async def test_the_answer_has_the_form_that_layercode_reads(caller: Layercode) -> None:
-    event = caller.event("message", text="hello")
-    async with caller.post(event) as response:
-        frames = (await response.text()).split("\n\n")
-    assert response.headers["Content-Type"] == "text/event-stream"
-    assert response.headers["Cache-Control"] == "no-cache, no-transform"
-    assert response.headers["X-Accel-Buffering"] == "no"
-    turn = f'"turn_id": "{event["turn_id"]}"'
-    assert frames == [
-        f'data: {{"type": "response.tts", "content": "Sure, ", {turn}}}',
-        f'data: {{"type": "response.tts", "content": "no problem.", {turn}}}',
-        f'data: {{"type": "response.end", {turn}}}',
-        "",
-    ]
-
-
-async def test_words_are_passed_on_the_moment_they_come(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    more = asyncio.Event()
-    gemini.scripts = [["Hello ", more, "there."]]
-    async with caller.post(caller.event("message", text="hi")) as response:
-        assert await caller.hear(response, "Hello ") == "Hello "
-        more.set()
-        assert await caller.hear(response, "there.") == "there."
-
-
-class Speaker(Agent):
-    """Replies with pieces that a test gives it."""
-
-    def __init__(
-        self, *pieces: str | Event | Exception, histories: Histories | None = None
-    ) -> None:
-        super().__init__(OFFLINE, histories)
+    def __init__(self, *pieces: Any, histories: Any = None, **attributes: Any) -> None:
+        super().__init__(attributes.pop("settings", SETTINGS), histories)
         self.pieces = pieces
+        self.given: Sequence[agent.Tool] = ()
+        self.events: list[Event] = []
         self.history: list[Turn] = []
+        vars(self).update(attributes)
 
-    async def reply(self, event: Event, history: list[Turn]) -> Speech:
+    def tools(self, event: Event) -> Sequence[agent.Tool]:
+        return self.given
+
+    def greet(self, event: Event, history: list[Turn]) -> Speech:
+        return self.speak(event, super().greet(event, history))
+
+    def reply(self, event: Event, history: list[Turn]) -> Speech:
         self.history = history
+        return self.speak(event, super().reply(event, history))
+
+    async def notice(self, event: Event) -> Any:
+        return await anext(self.speak(event), None)
+
+    async def admit(self, request: web.Request, session: Event) -> Any:
+        return await anext(self.speak(session), None)
+
+    async def speak(self, event: Event, otherwise: Any = None) -> Speech:
+        self.events.append(event)
         for piece in self.pieces:
-            if isinstance(piece, Exception):
-                raise piece
-            yield piece
+            if callable(piece):
+                await piece()
+            else:
+                yield piece
+        if otherwise and not self.pieces:
+            async with aclosing(otherwise) as pieces:
+                async for piece in pieces:
+                    yield piece
 
 
-DATA = {"type": "response.data", "content": {"size": 9}}
-HANG_UP = {"type": "response.hangup"}
-TTS = {"type": "response.tts", "content": "Goodbye."}
+class Store(Histories):
+    """Only appends; something may come before it loads, or records one of the facts."""
 
-
-async def test_a_reply_may_have_events_beside_words(start: Start) -> None:
-    caller = await start(Speaker(DATA, "Bye.", HANG_UP))
-    event = caller.event("message", text="bye")
-    kinds = [frame["type"] for frame in await caller.frames(event)]
-    assert kinds == ["response.data", "response.tts", "response.hangup", "response.end"]
-
-
-async def test_words_that_come_as_an_event_are_remembered(start: Start) -> None:
-    one = Speaker(TTS)
-    caller = await start(one)
-    await caller.say("one")
-    await caller.say("two")
-    assert one.history[0].spoken == "Goodbye."
-
-
-async def test_a_reply_without_words_is_an_apology_unless_it_hangs_up(
-    start: Start,
-) -> None:
-    for pieces in ([DATA], [], [""], ["  "]):
-        caller = await start(Speaker(*pieces))
-        assert (await caller.say("hello")).strip() == Agent.apology
-    caller = await start(Speaker(HANG_UP))
-    assert await caller.say("hello") == ""
-
-
-async def test_others_are_served_between_pieces_that_come_at_once(
-    start: Start,
-) -> None:
-    caller = await start(Speaker(*["word "] * 200))
-    turns_of_the_loop = 0
-    answer = asyncio.create_task(caller.say("hello"))
-    while not answer.done():
-        turns_of_the_loop += 1
-        await asyncio.sleep(0)
-    assert turns_of_the_loop > 200
-
-
-async def test_asterisks_and_backticks_reach_neither_the_caller_nor_the_history(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    gemini.scripts = [["It's **really* ", "*", "* `true`."]]
-    assert await caller.say("Is it?") == "It's really  true."
-    await caller.say("And now?")
-    assert gemini.heard()[1] == ("model", "It's really  true.")
-
-
-async def test_thoughts_are_not_spoken(caller: Layercode, gemini: Gemini) -> None:
-    thought = {"text": "The caller greets me.", "thought": True}
-    gemini.scripts = [[[thought], [thought, {"text": "Hello!"}]]]
-    assert await caller.say("hello") == "Hello!"
-
-
-async def test_half_a_character_in_the_models_words_is_cleaned(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    gemini.scripts = [["So\ud800."]]
-    assert await caller.say("one") == "So?."
-    await caller.say("two")
-    assert gemini.heard()[1] == ("model", "So?.")
-
-
-# ---- Barge-in ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "script",
-    [
-        [Stall()],
-        ["Well, ", Stall()],
-        ["Well, ", "x" * 10_000, *["y" * 60_000] * 200, Stall()],
-    ],
-    ids=["before a word", "between words", "while words are written"],
-)
-async def test_when_the_connection_drops_gemini_stops(
-    caller: Layercode, gemini: Gemini, script: list[Step]
-) -> None:
-    gemini.scripts = [script]
-    async with caller.post(caller.event("message", text="hi")) as response:
-        await gemini.until(streams=1)
-        if len(script) > 1:
-            await caller.hear(response, "Well, ")
-        response.close()
-    await gemini.until(streams=0)
-    await caller.say("hello")
-    assert len(gemini.asked) == 2
-
-
-async def test_nothing_of_a_reply_goes_on_when_it_is_recorded_as_cut_off(
-    start: Start, gemini: Gemini
-) -> None:
-    class Store(Histories):
-        async def record(self, conversation: str, turn_id: str, **facts: Any) -> None:
-            if "finished" in facts:
-                at_work.append(generators_at_work())
-            await super().record(conversation, turn_id, **facts)
-
-    at_work: list[set[str]] = []
-    caller = await start(Agent(WITH_GEMINI, Store()))
-    gemini.scripts = [["Well, ", *["x" * 60_000] * 200]]
-    await caller.barge_in("hi", after="Well, ")
-    await until(lambda: at_work)
-    assert not at_work[0] & {"reply", "ask", "ask_twice"}
-
-
-def generators_at_work() -> set[str]:
-    """The names of the asynchronous generators that have not come to their end."""
-    return {
-        one.__name__
-        for one in gc.get_objects()
-        if inspect.isasyncgen(one) and one.ag_frame is not None
-    }
-
-
-async def test_when_the_connection_drops_a_served_agent_stops(
-    gemini: Gemini, unused_tcp_port: int
-) -> None:
-    key = {"GOOGLE_GENERATIVE_AI_API_KEY": GEMINI_KEY}
-    async with serving(HERE / "agent.py", unused_tcp_port, **key) as (_, caller):
-        gemini.scripts = [["Well, ", Stall()]]
-        await caller.barge_in("hi", after="Well, ")
-        await gemini.until(streams=0)
-
-
-async def test_a_new_message_ends_the_reply_to_an_earlier_one(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    gemini.scripts = [["Once upon ", Stall()]]
-    async with caller.post(caller.event("message", text="A story!")) as response:
-        await caller.hear(response, "Once upon ")
-        assert await caller.say("Stop!") == "Sure, no problem."
-        await gemini.until(streams=0)
-        with pytest.raises(aiohttp.ClientError):
-            await response.read()
-    assert gemini.heard()[1] == ("model", "Once upon  [interrupted]")
-
-
-class SlowStore(Histories):
-    """A store that takes its time to record one of the facts."""
-
-    def __init__(self, fact: str) -> None:
+    def __init__(self, **before: Callable[[], Awaitable[None]]) -> None:
         super().__init__()
-        self.fact = fact
-        self.begun = asyncio.Event()
-        self.may_end = asyncio.Event()
-        self.loaded = 0
-
-    async def record(self, conversation: str, turn_id: str, **facts: Any) -> None:
-        if self.fact in facts:
-            self.begun.set()
-            await self.may_end.wait()
-        await super().record(conversation, turn_id, **facts)
-
-    async def load(self, conversation: str) -> dict[str, Turn]:
-        self.loaded += 1
-        return await super().load(conversation)
-
-
-@pytest.mark.parametrize("drops", [True, False])
-async def test_the_next_message_waits_until_a_cut_off_answer_is_recorded(
-    start: Start, gemini: Gemini, drops: bool
-) -> None:
-    store = SlowStore("finished")
-    caller = await start(Agent(WITH_GEMINI, store))
-    gemini.scripts = [["Once upon ", Stall()]]
-    async with caller.post(caller.event("message", text="A story!")) as response:
-        await caller.hear(response, "Once upon ")
-        if drops:
-            response.close()
-            await store.begun.wait()
-        answer = asyncio.create_task(caller.say("Stop!"))
-        await until(lambda: store.loaded == 2)
-        await store.begun.wait()
-        assert len(gemini.asked) == 1
-        store.may_end.set()
-        assert await answer == "Sure, no problem."
-    assert gemini.heard()[1] == ("model", "Once upon  [interrupted]")
-
-
-async def hang_up_while_it_records(
-    caller: Layercode, store: SlowStore, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Says something, hangs up, and only then lets the store go on."""
-    call = asyncio.create_task(caller.say("Hello?"))
-    await store.begun.wait()
-    call.cancel()
-    await until(lambda: logged(caplog))
-    store.may_end.set()
-
-
-async def test_no_word_is_lost_if_a_caller_hangs_up_while_the_store_is_slow(
-    start: Start, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = SlowStore("user")
-    caller = await start(Agent(OFFLINE, store))
-    await hang_up_while_it_records(caller, store, caplog)
-    await asyncio.sleep(0)
-    [turn] = (await store.load(caller.conversation)).values()
-    assert (turn.user, turn.finished) == ("Hello?", False)
-
-
-async def test_the_next_message_is_told_an_answer_that_ends_while_it_loads(
-    start: Start, gemini: Gemini
-) -> None:
-    class Store(Histories):
-        async def load(self, conversation: str) -> dict[str, Turn]:
-            turns = await super().load(conversation)
-            if len(turns) == 2:
-                more.set()
-                await until(lambda: conversation not in self.being_answered)
-            return turns
-
-    more = asyncio.Event()
-    gemini.scripts = [["Once upon ", more, "a time."]]
-    caller = await start(Agent(WITH_GEMINI, Store()))
-    async with caller.post(caller.event("message", text="A story!")) as response:
-        await caller.hear(response, "Once upon ")
-        await caller.say("Go on.")
-    assert gemini.heard() == [
-        ("user", "A story!"),
-        ("model", "Once upon a time."),
-        ("user", "Go on."),
-    ]
-
-
-async def test_the_last_message_is_answered_if_an_earlier_one_begins_while_it_loads(
-    start: Start, gemini: Gemini
-) -> None:
-    class Store(Histories):
-        async def load(self, conversation: str) -> dict[str, Turn]:
-            turns = await super().load(conversation)
-            if len(may_load) < 2:
-                may_load.append(asyncio.Event())
-                await may_load[-1].wait()
-            return turns
-
-    may_load: list[asyncio.Event] = []
-    gemini.scripts = [["Well, ", Stall()]]
-    caller = await start(Agent(WITH_GEMINI, Store()))
-    calls = []
-    for number, text in enumerate(["Hello.", "Goodbye."]):
-        calls.append(asyncio.create_task(caller.say(text)))
-        await until(lambda number=number: len(may_load) > number)
-    may_load[0].set()
-    await gemini.until(streams=1)
-    may_load[1].set()
-    assert await calls[1] == "Sure, no problem."
-    with pytest.raises(aiohttp.ClientError):
-        await calls[0]
-
-
-async def test_what_fails_after_a_hang_up_is_told_by_its_place(
-    start: Start, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Store(SlowStore):
-        async def record(self, conversation: str, turn_id: str, **facts: Any) -> None:
-            await super().record(conversation, turn_id, **facts)
-            raise OSError("secret words")
-
-    store = Store("user")
-    caller = await start(Agent(OFFLINE, store))
-    await hang_up_while_it_records(caller, store, caplog)
-    await until(lambda: len(logged(caplog)) == 2)
-    assert "failed after a hang-up: OSError at test_agent.py:" in logged(caplog)[1]
-    gc.collect()
-    assert "secret" not in caplog.text
-
-
-async def test_a_caller_who_stops_reading_has_hung_up(
-    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(agent, "WRITE_PATIENCE", 0.1)
-    caller = await start(Speaker(*["x" * 60_000] * 1000))
-    async with caller.post(caller.event("message", text="hello")):
-        await until(lambda: logged(caplog))
-    told = " interrupted: Layercode has stopped reading first_word="
-    assert told in logged(caplog)[0]
-
-
-async def test_a_message_that_is_slow_to_begin_does_not_cut_off_a_later_one(
-    start: Start, gemini: Gemini
-) -> None:
-    class Store(Histories):
-        async def load(self, conversation: str) -> dict[str, Turn]:
-            turns = await super().load(conversation)
-            if len(turns) == 1:
-                loading.set()
-                await may_load.wait()
-            return turns
-
-    loading = asyncio.Event()
-    may_load = asyncio.Event()
-    more = asyncio.Event()
-    gemini.scripts = [["Once upon ", more, "a time."]]
-    caller = await start(Agent(WITH_GEMINI, Store()))
-    slow = asyncio.create_task(caller.say("Hello."))
-    await loading.wait()
-    async with caller.post(caller.event("message", text="A story!")) as response:
-        await caller.hear(response, "Once upon ")
-        may_load.set()
-        assert await slow == ""
-        more.set()
-        assert await caller.hear(response, "a time.") == "a time."
-
-
-async def test_what_was_heard_counts_even_if_that_is_nothing(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    event = caller.event("message", text="one")
-    await caller.send(event)
-    await caller.say("two", **report(event, ""))
-    assert gemini.heard() == [("user", "one"), ("user", "two")]
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"assistant_turn_id": "unknown"},
-        {"assistant_turn_id": None},
-        {"text_heard": None},
-        {"text_heard": 5},
-        {"previous_turn_interrupted": False},
-    ],
-)
-async def test_a_report_about_nothing_known_changes_nothing(
-    caller: Layercode, gemini: Gemini, wrong: Event
-) -> None:
-    event = caller.event("message", text="one")
-    await caller.send(event)
-    context = {**report(event, "Su")["interruption_context"], **wrong}
-    said = [
-        await caller.say("two", interruption_context=context),
-        await caller.say("three", interruption_context=[context]),
-    ]
-    assert said == ["Sure, no problem."] * 2
-    assert gemini.heard() == [
-        ("user", "one"),
-        ("model", "Sure, no problem."),
-        ("user", "two"),
-        ("model", "Sure, no problem."),
-        ("user", "three"),
-    ]
-
-
-async def test_a_hundred_interruptions_leave_nothing_behind(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    gemini.scripts = [["Well, ", Stall()] for _ in range(101)]
-    await caller.barge_in("warm up", after="Well, ")
-    await gemini.until(streams=0)
-    before = len(asyncio.all_tasks())
-    callers = [Layercode(caller.http, caller.url) for _ in range(100)]
-    await asyncio.gather(*[one.barge_in("hi", after="Well, ") for one in callers])
-    await gemini.until(streams=0)
-    await until(lambda: len(asyncio.all_tasks()) <= before)
-    assert not generators_at_work() & {"reply", "ask", "ask_twice"}
-
-
-# ---- The history's store -------------------------------------------------------------
-
-
-class Ledger:
-    """A store that only appends, as one for several processes would."""
-
-    def __init__(self) -> None:
+        self.before = before
         self.facts: list[tuple[str, str, Event]] = []
 
     async def load(self, conversation: str) -> dict[str, Turn]:
-        await asyncio.sleep(0)
+        await self.before.get("load", nothing)()
         turns: dict[str, Turn] = {}
         for its_conversation, turn_id, facts in self.facts:
             if its_conversation == conversation:
@@ -1295,1371 +371,1029 @@ class Ledger:
         return turns
 
     async def record(self, conversation: str, turn_id: str, **facts: Any) -> None:
-        await asyncio.sleep(0)
-        self.facts.append((conversation, turn_id, facts))
+        for fact in facts:
+            await self.before.get(fact, nothing)()
+        self.facts.append((conversation, turn_id, json.loads(json.dumps(facts))))
 
 
-async def test_a_store_gets_each_fact_when_it_is_known(
-    start: Start, gemini: Gemini
-) -> None:
-    class Store(Ledger):
-        async def record(self, conversation: str, turn_id: str, **facts: Any) -> None:
-            told.append((facts, len(gemini.asked)))
-            await super().record(conversation, turn_id, **facts)
+# ---- Fixtures ------------------------------------------------------------------------
 
-    told: list[tuple[Event, int]] = []
-    caller = await start(Agent(WITH_GEMINI, Store()))
-    event = caller.event("message", text="one")
-    await caller.send(event)
-    await caller.say("two", **report(event, "Su"))
-    over = {"spoken": "Sure, no problem.", "finished": True}
-    assert told == [
-        ({"user": "one"}, 0),
-        (over, 1),
-        ({"heard": "Su"}, 1),
-        ({"user": "two"}, 1),
-        (over, 2),
-    ]
+Serve = Callable[..., Awaitable[Caller]]
+Run = Callable[..., Awaitable[Process]]
 
 
-@pytest.mark.parametrize("kind", [Histories, Ledger])
-async def test_gemini_is_sent_the_last_fifty_turns(
-    start: Start, gemini: Gemini, kind: type[Histories]
-) -> None:
-    store = kind()
-    caller = await start(Agent(WITH_GEMINI, store))
-    for number in range(54):
-        await store.record(caller.conversation, str(number), user=f"number {number}")
-    await caller.say("number 54")
-    asked = [text for _, text in gemini.heard()]
-    assert asked == [f"number {number}" for number in range(5, 55)]
-
-
-async def test_what_was_heard_is_not_lost_in_a_store_that_copies(
-    start: Start, gemini: Gemini
-) -> None:
-    caller = await start(Agent(WITH_GEMINI, Ledger()))
-    event = caller.event("message", text="one")
-    await caller.send(event)
-    await caller.say("two", **report(event, "Su"))
-    await caller.say("three")
-    assert gemini.heard()[1] == ("model", "Su [interrupted]")
-
-
-async def test_a_report_may_come_before_the_turn_is_recorded() -> None:
-    for store in (Histories(), Ledger()):
-        await store.record("c", "t", user="one")
-        await store.record("c", "t", heard="Su")
-        await store.record("c", "t", spoken="Sure.", finished=True)
-        assert (await store.load("c"))["t"].answer() == "Su [interrupted]"
-
-
-@pytest.mark.parametrize("fails", ["load", "user"])
-async def test_an_error_in_a_store_is_an_apology(
-    start: Start, caplog: pytest.LogCaptureFixture, fails: str
-) -> None:
-    class Broken(Histories):
-        async def load(self, conversation: str) -> dict[str, Turn]:
-            if fails == "load":
-                raise OSError("secret words")
-            return await super().load(conversation)
-
-        async def record(self, conversation: str, turn_id: str, **facts: Any) -> None:
-            if fails in facts:
-                raise OSError("secret words")
-            await super().record(conversation, turn_id, **facts)
-
-    caller = await start(Agent(OFFLINE, Broken()))
-    assert await caller.send(caller.event("welcome")) == Agent.apology
-    [line] = logged(caplog)
-    assert "failed: OSError at test_agent.py:" in line
-    assert "secret" not in caplog.text
-
-
-async def test_a_store_that_cannot_record_an_answer_does_not_end_the_call(
-    start: Start, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Broken(Histories):
-        async def record(self, conversation: str, turn_id: str, **facts: Any) -> None:
-            if "finished" in facts:
-                raise OSError("secret words")
-            await super().record(conversation, turn_id, **facts)
-
-    caller = await start(Speaker("Well.", histories=Broken()))
-    assert [await caller.say("hello") for _ in range(2)] == ["Well.", "Well."]
-    lines = logged(caplog)
-    assert "is not recorded: OSError at test_agent.py:" in lines[-1]
-    assert "secret" not in caplog.text
-
-
-async def test_a_store_that_never_ends_to_record_does_not_end_the_call(
-    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(agent, "RECORD_PATIENCE", 0.05)
-    caller = await start(Speaker("Well.", histories=SlowStore("finished")))
-    assert [await caller.say("hello") for _ in range(2)] == ["Well.", "Well."]
-    await until(lambda: "is not recorded: TimeoutError" in logged(caplog)[-1])
-
-
-async def test_the_memory_of_one_conversation_is_bounded() -> None:
-    histories = Histories()
-    for number in range(120):
-        await histories.record("a conversation", str(number), user="hello")
-        await histories.record("a conversation", str(number), finished=True)
-    kept = list(await histories.load("a conversation"))
-    assert (kept[0], kept[-1], len(kept)) == ("70", "119", 50)
-
-
-async def test_the_least_recently_used_conversations_go() -> None:
-    histories = Histories()
-    for number in range(10_100):
-        await histories.record(str(number), "turn", user="hello")
-        await histories.record(str(number), "turn", finished=True)
-        await histories.record("0", "another turn", user="hello", finished=True)
-    known = [number for number in range(10_100) if await histories.load(str(number))]
-    assert (known[:2], known[-1], len(known)) == ([0, 101], 10_099, 10_000)
-    assert list(await histories.load("0")) == ["turn", "another turn"]
-
-
-async def test_a_conversation_that_is_being_answered_does_not_go(
-    caller: Layercode, gemini: Gemini, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agent, "MAX_CONVERSATIONS", 3)
-    gemini.scripts = [["Once upon ", Stall()]]
-    async with caller.post(caller.event("message", text="A story!")) as response:
-        await caller.hear(response, "Once upon ")
-        for _ in range(5):
-            await Layercode(caller.http, caller.url).say("hello")
-        await caller.say("Go on.")
-    assert gemini.heard()[0] == ("user", "A story!")
-
-
-async def test_a_conversation_goes_though_its_webhooks_came_twice(
-    offline: Layercode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agent, "MAX_CONVERSATIONS", 3)
-    event = offline.event("welcome")
-    for _ in range(2):
-        assert await offline.send(event) == Agent.greeting
-    for _ in range(5):
-        other = Layercode(offline.http, offline.url)
-        await other.send(other.event("welcome"))
-    assert await offline.send(offline.event("welcome")) == Agent.greeting
-
-
-async def test_a_conversation_goes_though_its_caller_hung_up_before_the_answer(
-    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(agent, "MAX_CONVERSATIONS", 3)
-    store = SlowStore("user")
-    caller = await start(Agent(OFFLINE, store))
-    await hang_up_while_it_records(caller, store, caplog)
-    for _ in range(5):
-        other = Layercode(caller.http, caller.url)
-        await other.send(other.event("welcome"))
-    assert not await store.load(caller.conversation)
-
-
-# ---- Delivered twice -----------------------------------------------------------------
-
-
-async def test_a_finished_turn_is_spoken_again_without_gemini(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    event = caller.event("message", text="hello")
-    said = [await caller.send(event) for _ in range(3)]
-    assert said == ["Sure, no problem."] * 3
-    assert len(gemini.asked) == 1
-    await caller.say("two")
-    assert gemini.heard() == [
-        ("user", "hello"),
-        ("model", "Sure, no problem."),
-        ("user", "two"),
-    ]
-
-
-async def test_a_running_turn_gets_a_new_reply_on_the_new_connection(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    gemini.scripts = [["Well, ", Stall()]]
-    event = caller.event("message", text="hello")
-    async with caller.post(event) as response:
-        await caller.hear(response, "Well, ")
-        assert await caller.send(event) == "Sure, no problem."
-        await gemini.until(streams=0)
-    await caller.say("two")
-    assert gemini.heard() == [
-        ("user", "hello"),
-        ("model", "Sure, no problem."),
-        ("user", "two"),
-    ]
-
-
-async def test_a_turn_that_was_cut_off_gets_a_new_reply(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    gemini.scripts = [["Well, ", Stall()]]
-    event = await caller.barge_in("hello", after="Well, ")
-    await gemini.until(streams=0)
-    assert await caller.send(event) == "Sure, no problem."
-    assert gemini.heard() == [("user", "hello")]
-
-
-async def test_what_the_first_delivery_of_a_turn_did_is_not_forgotten(
-    start: Start, gemini: Gemini
-) -> None:
-    one = Agent(WITH_GEMINI)
-    caller = await start(one)
-    gemini.scripts = [["Well, ", Stall()]]
-    event = await caller.barge_in("A salami!", after="Well, ")
-    await gemini.until(streams=0)
-    turn_id = event["turn_id"]
-    await one.histories.record(caller.conversation, turn_id, done=ORDERED)
-    await caller.send(event)
-    assert gemini.asked[-1]["contents"][1:] == ORDERED
-
-
-async def test_a_turn_that_others_came_after_is_spoken_again_as_it_was(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    gemini.scripts = [["Well, ", Stall()], [], [], ["Once upon ", Stall()]]
-    late = await caller.barge_in("hello", after="Well, ")
-    silent = caller.event("message", text=" ")
-    await caller.send(silent)
-    assert await caller.send(late) == "Well, "
-    assert await caller.send(silent) == Agent.apology
-    assert len(gemini.asked) == 1
-
-
-async def test_an_old_turn_does_not_interrupt_the_one_that_is_spoken(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    old = caller.event("message", text="one")
-    await caller.send(old)
-    more = asyncio.Event()
-    gemini.scripts = [["Once upon ", more, "a time."]]
-    async with caller.post(caller.event("message", text="A story!")) as response:
-        await caller.hear(response, "Once upon ")
-        assert await caller.send(old) == "Sure, no problem."
-        more.set()
-        assert await caller.hear(response, "a time.") == "a time."
-
-
-async def test_an_old_turn_of_which_nothing_was_spoken_is_not_an_apology(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    gemini.scripts = [[Stall()]]
-    old = caller.event("message", text="one")
-    async with caller.post(old) as response:
-        await gemini.until(streams=1)
-        response.close()
-    await caller.say("two")
-    assert await caller.send(old) == ""
-
-
-# ---- Asked once more, before the first word ------------------------------------------
-
-
-def raw(**answer: Any) -> bytes:
-    """A chunk of Gemini's with these fields and no others."""
-    return f"data: {json.dumps(answer)}\r\n\r\n".encode()
-
-
-def ended(reason: str) -> bytes:
-    """A chunk that ends an answer without words."""
-    return raw(candidates=[{"finishReason": reason}])
-
-
-BLOCKED = raw(promptFeedback={"blockReason": "PROHIBITED_CONTENT"})
-# What Gemini does once, and what the log calls it.
-FALTERS: list[tuple[str, list[Step]]] = [
-    ("ServerError 503 SOME_STATUS", [Status(503)]),
-    ("ServerError 500 SOME_STATUS", [Status(500)]),
-    ("ClientError 499 SOME_STATUS", [Status(499)]),
-    ("no words", []),
-    ("no words", [" ", "\n"]),
-    ("no words", ["**"]),
-    ("ClientPayloadError at ", [Cut()]),
-    ("without a finish reason", [chunk(""), b""]),
-    ("UnknownApiResponseError", [b"data: {hello\r\n\r\n"]),
-    ("MALFORMED_FUNCTION_CALL", [ended("MALFORMED_FUNCTION_CALL")]),
-    ("SAFETY", [ended("SAFETY")]),
-    ("PROHIBITED_CONTENT", [BLOCKED]),
-]
-# What Gemini would say again.
-REFUSALS = [400, 401, 403, 404, 429]
+def url_of(server: Any) -> str:
+    return str(server.make_url("")).rstrip("/")
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has a model that has said nothing asked again at once."""
-    monkeypatch.setattr(agent, "ASK_AGAIN_AFTER", 0.05)
+async def gemini(
+    aiohttp_server: AiohttpServer, monkeypatch: Patch, tmp_path: Path
+) -> AsyncIterator[Gemini]:
+    """A Gemini, which google-genai asks for as long as the test runs."""
+    fake = Gemini()
+    app = web.Application(middlewares=[fake.count])
+    app.router.add_post("/{version}/models/{model}", fake.generate)
+    app.router.add_get("/{version}/models/{model}", fake.describe)
+    app.router.add_post("/v1/agents/web/authorize_session", fake.authorize)
+    server = await aiohttp_server(app, shutdown_timeout=0)
+    monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", url_of(server))
+    # Instead of 140 authorities, which each agent would take its time to read.
+    end = "-----END CERTIFICATE-----\n"
+    authority = Path(certifi.where()).read_text("utf-8").partition(end)[0] + end
+    (tmp_path / "one.pem").write_text(authority)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "one.pem"))
+    monkeypatch.setattr(certifi, "where", lambda: str(tmp_path / "one.pem"))
+    yield fake
+    for asked in fake.asked:
+        # Gemini itself would refuse what does not take turns.
+        roles = [said["role"] for said in asked["contents"]]
+        assert roles == ["user", *["model", "user"] * (len(roles) // 2)]
 
 
-@pytest.mark.parametrize(("why", "script"), FALTERS)
-async def test_gemini_may_falter_once(
-    caller: Layercode,
+@pytest.fixture
+async def serve(
     gemini: Gemini,
+    aiohttp_server: AiohttpServer,
+    monkeypatch: Patch,
     caplog: pytest.LogCaptureFixture,
-    why: str,
-    script: list[Step],
-) -> None:
-    gemini.scripts = [script, ["Here ", "I am."]]
-    assert await caller.say("hello") == "Here I am."
-    await gemini.until(streams=0)
-    assert len(gemini.asked) == 2
-    [line] = logged(caplog)
-    assert "spoken first_word=" in line
-    assert re.search(rf"\(asked twice: .*{re.escape(why)}.*\)$", line)
-
-
-@pytest.mark.usefixtures("impatient")
-async def test_gemini_may_be_silent_once(
-    caller: Layercode, gemini: Gemini, caplog: pytest.LogCaptureFixture
-) -> None:
-    gemini.scripts = [[Stall()], ["Here ", "I am."]]
-    assert await caller.say("hello") == "Here I am."
-    await gemini.until(streams=0)
-    assert len(gemini.asked) == 2
-    assert logged(caplog)[0].endswith(" (asked twice: no word in 0.05 s)")
-
-
-@pytest.mark.parametrize(("why", "script"), FALTERS)
-async def test_gemini_is_asked_no_more_than_twice(
-    caller: Layercode,
-    gemini: Gemini,
-    caplog: pytest.LogCaptureFixture,
-    why: str,
-    script: list[Step],
-) -> None:
-    gemini.scripts = [script, script]
-    assert await caller.say("hello") == Agent.apology
-    assert len(gemini.asked) == 2
-    [line] = logged(caplog)
-    assert re.search(rf" failed: .*{re.escape(why)}", line)
-
-
-@pytest.mark.parametrize("code", REFUSALS)
-async def test_a_refusal_is_final(
-    caller: Layercode, gemini: Gemini, caplog: pytest.LogCaptureFixture, code: int
-) -> None:
-    gemini.scripts = [[Status(code)]]
-    assert await caller.say("hello") == Agent.apology
-    assert len(gemini.asked) == 1
-    assert f"failed: ClientError {code} SOME_STATUS" in logged(caplog)[0]
-    assert "asked twice" not in caplog.text
-
-
-async def test_after_a_word_nothing_is_asked_again(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    for falter in (Cut(), b"data: {hello\r\n\r\n", BLOCKED, ended("SAFETY")):
-        gemini.scripts = [["Well, ", falter]]
-        assert await caller.say("hello") == f"Well,  {Agent.apology}"
-    assert len(gemini.asked) == 4
-
-
-@pytest.mark.usefixtures("impatient")
-async def test_of_two_slow_asks_the_first_to_speak_wins(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    for scripts in ([["Here.", Stall()], [Stall()]], [[Stall()], ["Here.", Stall()]]):
-        asked_twice = asyncio.Event()
-        gemini.scripts = [[asked_twice, *script] for script in scripts]
-        async with caller.post(caller.event("message", text="hello")) as response:
-            await gemini.until(streams=2)
-            asked_twice.set()
-            assert await caller.hear(response, "Here.") == "Here."
-            # The loser was closed.
-            await gemini.until(streams=1)
-            response.close()
-        await gemini.until(streams=0)
-
-
-@pytest.mark.usefixtures("impatient")
-async def test_a_slow_first_ask_may_speak_after_the_second_failed(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    more = asyncio.Event()
-    gemini.scripts = [[more, "Here I am."], [Status(503)]]
-    answer = asyncio.create_task(caller.say("hello"))
-    await until(lambda: len(gemini.asked) == 2)
-    more.set()
-    assert await answer == "Here I am."
-
-
-@pytest.mark.usefixtures("impatient")
-async def test_a_hang_up_closes_both_asks(caller: Layercode, gemini: Gemini) -> None:
-    gemini.scripts = [[Stall()], [Stall()]]
-    async with caller.post(caller.event("message", text="hello")) as response:
-        await gemini.until(streams=2)
-        response.close()
-    await gemini.until(streams=0)
-
-
-@pytest.mark.usefixtures("impatient")
-async def test_both_asks_end_even_if_the_end_is_cancelled_again() -> None:
-    async def ask() -> AsyncGenerator[str, None]:
-        nonlocal begun, ending
-        begun += 1
-        try:
-            await asyncio.Event().wait()
-            yield "never"
-        finally:
-            ending += 1
-            await may_end.wait()
-
-    begun = 0
-    ending = 0
-    may_end = asyncio.Event()
-    first_word = asyncio.ensure_future(anext(agent.ask_twice(ask, bool, Turn())))
-    await until(lambda: begun == 2)
-    for _ in range(2):
-        first_word.cancel()
-        await until(lambda: ending)
-    await asyncio.wait([first_word])
-    may_end.set()
-    assert ending == 2
-
-
-async def test_a_thought_is_not_a_first_word_but_a_call_of_a_tool_is(
-    gemini: Gemini,
-) -> None:
-    call = {"functionCall": {"name": "order", "args": {}}}
-    gemini.scripts = [[[{"text": "Hm.", "thought": True}]], [[call]]]
-    one = Agent(WITH_GEMINI)
-    async with one.connected(), aclosing(one.ask([Turn("hello")])) as chunks:
-        calls = [chunk.function_calls async for chunk in chunks]
-    assert calls[0][0].name == "order"
-    assert len(gemini.asked) == 2
-
-
-# ---- Gemini fails --------------------------------------------------------------------
-
-FAILURES: dict[str, list[Step]] = {
-    "SAFETY": [ended("SAFETY"), Stall()],
-    "PROHIBITED_CONTENT": [BLOCKED, Stall()],
-    "UnknownApiResponseError at ": [b"data: {hello\r\n\r\n"],
-    "ClientPayloadError at ": [Cut()],
-    "the answer broke off without a finish reason": [b""],
-}
-
-
-@pytest.mark.parametrize("why", FAILURES)
-async def test_an_answer_that_fails_after_words_ends_with_the_apology(
-    caller: Layercode, gemini: Gemini, caplog: pytest.LogCaptureFixture, why: str
-) -> None:
-    gemini.scripts = [["Well.", *FAILURES[why]]]
-    frames = await caller.frames(caller.event("message", text="hello"))
-    assert words(frames) == f"Well. {Agent.apology}"
-    assert frames[-1]["type"] == "response.end"
-    await gemini.until(streams=0)
-    [record] = [one for one in caplog.records if one.name == "agent"]
-    assert record.levelname == "WARNING"
-    assert re.search(f" failed: .*{why}", record.getMessage())
-    await caller.say("again")
-    assert gemini.heard()[:2] == [("user", "hello"), ("model", words(frames))]
-
-
-async def test_a_model_that_falls_silent_is_an_apology_after_its_words(
-    caller: Layercode,
-    gemini: Gemini,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    more = asyncio.Event()
-    gemini.scripts = [["Well, ", more, "so ", Stall()]]
-    async with caller.post(caller.event("message", text="hello")) as response:
-        await caller.hear(response, "Well, ")
-        monkeypatch.setattr(agent, "PATIENCE", 0.05)
-        more.set()
-        assert await caller.hear(response, Agent.apology) == f"so  {Agent.apology}"
-    await gemini.until(streams=0)
-    assert "failed: TimeoutError: nothing came for 0.05 s" in logged(caplog)[0]
-
-
-async def test_a_model_that_says_nothing_is_an_apology(
-    caller: Layercode,
-    gemini: Gemini,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(agent, "PATIENCE", 0.2)
-    gemini.scripts = [[Stall()]]
-    assert await caller.say("hello") == Agent.apology
-    assert "failed: TimeoutError: nothing came for 0.2 s" in logged(caplog)[0]
-    await gemini.until(streams=0)
-
-
-SERVE_A_SLOW_REPLY = """
-import asyncio
-
-from agent import Agent, main
-
-
-class Slow(Agent):
-    async def reply(self, event, history):
-        loop = asyncio.get_running_loop()
-        for word in ("Once ", "upon ", "a ", "time."):
-            yield word
-            await asyncio.sleep(0)
-            # Five seconds go by.
-            loop.time = lambda now=loop.time: now() + 5
-            await asyncio.sleep(0)
-
-
-main(Slow)
-"""
-
-
-async def test_a_reply_may_take_long_as_long_as_more_comes(
-    tmp_path: Path, unused_tcp_port: int
-) -> None:
-    slow = tmp_path / "slow.py"
-    slow.write_text(SERVE_A_SLOW_REPLY)
-    async with serving(slow, unused_tcp_port) as (_, caller):
-        assert await caller.say("A story!") == "Once upon a time."
-
-
-async def test_a_long_answer_is_one_too(caller: Layercode, gemini: Gemini) -> None:
-    gemini.scripts = [[chunk("Once upon a time.", "MAX_TOKENS")]]
-    assert await caller.say("A story!") == "Once upon a time."
-
-
-async def test_an_answer_ends_with_its_finish_reason(
-    caller: Layercode, gemini: Gemini, caplog: pytest.LogCaptureFixture
-) -> None:
-    gemini.scripts = [["Well.", Hang()]]
-    async with asyncio.timeout(5):
-        assert await caller.say("hello") == "Well."
-    await gemini.until(streams=0)
-    assert " spoken " in logged(caplog)[0]
-
-
-async def test_a_gemini_that_is_away_is_an_apology_at_once(
-    start: Start,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    unused_tcp_port: int,
-) -> None:
-    url = f"http://127.0.0.1:{unused_tcp_port}"
-    monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", url)
-    caller = await start(Agent(WITH_GEMINI))
-    assert await caller.say("hello") == Agent.apology
-    [line] = logged(caplog)
-    assert "asked twice: ClientConnectorError at" in line
-    assert "failed: ClientConnectorError at" in line
-
-
-# What Gemini refuses a question with, and what the log makes of it.
-EXPLAINED: list[tuple[Status, str]] = [
-    (Status(403, "PERMISSION_DENIED"), "ClientError 403 PERMISSION_DENIED"),
-    (
-        Status(400, "INVALID_ARGUMENT", reason="API_KEY_INVALID"),
-        "ClientError 400 INVALID_ARGUMENT API_KEY_INVALID",
-    ),
-    (
-        Status(400, "INVALID_ARGUMENT", message="Thinking level is SECRET-KEY"),
-        "ClientError 400 INVALID_ARGUMENT: does GEMINI_THINKING=low suit "
-        "GEMINI_MODEL=gemini-test?",
-    ),
-    (
-        Status(404, "NOT_FOUND"),
-        "ClientError 404 NOT_FOUND: is GEMINI_MODEL=gemini-test right?",
-    ),
-]
-
-
-@pytest.mark.parametrize(("status", "told"), EXPLAINED)
-async def test_an_error_is_told_by_gemini_s_own_word_for_it(
-    start: Start,
-    gemini: Gemini,
-    caplog: pytest.LogCaptureFixture,
-    status: Status,
-    told: str,
-) -> None:
-    caplog.set_level("DEBUG", "agent")
-    settings = replace(WITH_GEMINI, gemini_model="gemini-test", gemini_thinking="low")
-    caller = await start(Agent(settings))
-    gemini.scripts = [[status]]
-    assert await caller.say("hello") == Agent.apology
-    assert f" failed: {told} first_word=" in logged(caplog)[-1]
-    ours = [one.getMessage() for one in caplog.records if one.name == "agent"]
-    assert GEMINI_KEY not in "".join(ours)
-
-
-@pytest.mark.parametrize(
-    ("thinking", "sent"),
-    [
-        ("minimal", {"thinking_level": "MINIMAL"}),
-        ("low", {"thinking_level": "LOW"}),
-        ("medium", {"thinking_level": "MEDIUM"}),
-        ("high", {"thinking_level": "HIGH"}),
-        ("0", {"thinking_budget": 0}),
-        ("512", {"thinking_budget": 512}),
-        ("-1", {"thinking_budget": -1}),
-        ("", None),
-    ],
-)
-async def test_thinking_is_a_choice(
-    start: Start, gemini: Gemini, thinking: str, sent: Event | None
-) -> None:
-    caller = await start(Agent(replace(WITH_GEMINI, gemini_thinking=thinking)))
-    await caller.say("hello")
-    generation = gemini.asked[0].get("generationConfig", {})
-    assert generation.get("thinkingConfig") == sent
-
-
-async def test_the_model_of_the_settings_is_asked(start: Start, gemini: Gemini) -> None:
-    caller = await start(Agent(replace(WITH_GEMINI, gemini_model="gemini-other")))
-    await caller.say("hello")
-    assert gemini.models == {"gemini-other"}
-
-
-async def test_the_limits_are_those_that_are_promised() -> None:
-    assert (agent.PATIENCE, agent.ASK_AGAIN_AFTER) == (8, 2.5)
-    assert (agent.AUTHORIZE_PATIENCE, agent.TOLERANCE) == (10, 300)
-    assert (agent.MAX_TURNS, agent.MAX_CONVERSATIONS) == (50, 10_000)
-
-
-# ---- The log -------------------------------------------------------------------------
-
-
-async def test_the_log_has_a_line_a_turn(
-    caller: Layercode, gemini: Gemini, caplog: pytest.LogCaptureFixture
-) -> None:
-    gemini.scripts = [["Sure."], [Status(403)], ["Well, ", Stall()]]
-    event = caller.event("message", text="hello")
-    await caller.send(event)
-    await caller.say("hello")
-    await caller.barge_in("hello", after="Well, ")
-    await gemini.until(streams=0)
-    caller.secret = "wrong"
-    await caller.refused(event)
-    lines = logged(caplog)
-    turn = f"conversation='{caller.conversation}' turn='{event['turn_id']}'"
-    figures = r"first_word=\d+ms total=\d+ms chunks=1"
-    assert re.fullmatch(f"{turn} spoken {figures}", lines[0])
-    assert re.search(f" failed: ClientError 403 SOME_STATUS {figures}$", lines[1])
-    assert re.search(f" interrupted {figures}$", lines[2])
-    assert lines[3].startswith("POST '/agent': 401 wrong signature")
-    assert len(lines) == 4
-
-
-async def test_the_log_has_neither_words_nor_secrets_at_any_level(
-    caller: Layercode, gemini: Gemini, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("DEBUG", "agent")
-    gemini.scripts = [["spoken words"], [Status(403)], [Cut()], [Cut()]]
-    for _ in range(3):
-        await caller.say("heard words")
-    ours = [one.getMessage() for one in caplog.records if one.name == "agent"]
-    assert "in reply" in "".join(ours)
-    assert "heard words" not in "".join(ours) and "spoken words" not in "".join(ours)
-    assert GEMINI_KEY not in "".join(ours) and SECRET not in "".join(ours)
-
-
-async def test_an_error_of_one_s_own_is_told_by_its_place(
-    start: Start, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("DEBUG", "agent")
-    caller = await start(Speaker("Well.", KeyError("secret words")))
-    assert await caller.say("hello") == f"Well. {Agent.apology}"
-    [line] = logged(caplog)
-    assert re.search(r" failed: KeyError at test_agent\.py:\d+ first_word", line)
-    assert "secret" not in caplog.text
-
-
-async def test_an_error_in_a_library_is_told_by_the_line_that_called_it(
-    start: Start, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Broken(Agent):
-        async def reply(self, event: Event, history: list[Turn]) -> Speech:
-            yield json.loads("secret words")
-
-    caller = await start(Broken(OFFLINE))
-    assert await caller.say("hello") == Agent.apology
-    assert "failed: JSONDecodeError at test_agent.py:" in logged(caplog)[0]
-    assert "secret" not in caplog.text
-
-
-# ---- Starting and stopping -----------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-async def test_when_it_is_stopped_replies_in_flight_finish(
-    gemini: Gemini, unused_tcp_port: int, how: signal.Signals
-) -> None:
-    more = asyncio.Event()
-    gemini.scripts = [["Once upon ", more, "a time."]]
-    key = {"GOOGLE_GENERATIVE_AI_API_KEY": GEMINI_KEY}
-    one = serving(HERE / "agent.py", unused_tcp_port, **key)
-    async with one as (process, caller):
-        async with caller.post(caller.event("message", text="A story!")) as response:
-            await caller.hear(response, "Once upon ")
-            process.send_signal(how)
-            await no_longer_listening(unused_tcp_port)
-            more.set()
-            assert "a time." in await response.text()
-        _, errors = await process.communicate()
-    assert process.returncode == 0
-    assert b" INFO conversation=" in errors
-    assert b"Traceback" not in errors
-
-
-async def no_longer_listening(port: int) -> None:
-    """Waits until no connection is accepted."""
-    async with asyncio.timeout(5):
-        with pytest.raises(ConnectionError):
-            while True:
-                _, writer = await asyncio.open_connection("127.0.0.1", port)
-                writer.close()
-                await asyncio.sleep(0.01)
-
-
-class Endless(Agent):
-    """Replies for ever, with pauses or without."""
-
-    pause = 0
-
-    async def reply(self, event: Event, history: list[Turn]) -> Speech:
-        while True:
-            yield "on and "
-            await asyncio.sleep(self.pause)
-
-
-@pytest.mark.parametrize("pause", [0, 60])
-async def test_a_reply_that_outlasts_the_stop_is_ended_as_one_that_was_cut_off(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, pause: int
-) -> None:
-    monkeypatch.setattr(agent, "GRACE", 0.05)
-    one = Endless(OFFLINE)
-    one.pause = pause
-    async with aiohttp.ClientSession() as http, AsyncExitStack() as stack:
-        url = await stack.enter_async_context(served(one.make_app()))
-        caller = Layercode(http, url)
-        event = caller.event("message", text="A story!")
-        async with caller.post(event) as response:
-            await caller.hear(response, "on and ")
-            stopping = asyncio.create_task(stack.aclose())
-            rest = await response.text()
-            await stopping
-    assert ("response.end" in rest, Agent.apology in rest) == (True, False)
-    [turn] = (await one.histories.load(caller.conversation)).values()
-    assert turn.answer().startswith("on and ")
-    assert turn.answer().endswith(" [interrupted]")
-    assert " cut off by the stop " in logged(caplog)[0]
-
-
-async def test_killed_outright_the_next_start_works_at_once(
-    unused_tcp_port: int,
-) -> None:
-    for _ in range(2):
-        async with serving(HERE / "agent.py", unused_tcp_port) as (process, _):
+) -> AsyncIterator[Serve]:
+    """Serves an agent, with other limits if need be; gives a caller of it."""
+    caplog.set_level("INFO", "agent")
+    # pytest-aiohttp sets handler_cancellation by itself.
+    options: Any = {**agent.RUNNER_OPTIONS, "lingering_time": 0.1}
+    del options["handler_cancellation"]
+
+    def log() -> list[str]:
+        return [line for name, _, line in caplog.record_tuples if "agent" in name]
+
+    async def serve(one: Agent, scripts: Any = (), **limits: float) -> Caller:
+        gemini.scripts = [*scripts]
+        for name, value in limits.items():
+            monkeypatch.setattr(agent, name, value)
+        if one.settings.layercode_api_url == Settings.layercode_api_url:
+            url = os.environ["GOOGLE_GEMINI_BASE_URL"]
+            one.settings = replace(one.settings, layercode_api_url=url)
+        server = await aiohttp_server(one.make_app(), **options)
+        return Caller(http, url_of(server), gemini, log)
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+        yield serve
+    lines = "\n".join(map(logging.Formatter().format, caplog.get_records("call")))
+    for text in ("secret words", GEMINI_KEY, "GOOGLE_API_KEY"):
+        assert text not in lines
+
+
+@pytest.fixture
+async def caller(serve: Serve) -> Caller:
+    """A caller of the agent as it comes, with all keys."""
+    return await serve(Agent(SETTINGS))
+
+
+PTY = "import pty, sys; code = pty.spawn(sys.argv[1:]); sys.exit(code >> 8 or code)"
+
+
+@pytest.fixture
+async def run(tmp_path: Path) -> AsyncIterator[Run]:
+    """Runs agent.py, or code beside it, in a process with these settings only."""
+    shutil.copy(agent.__file__, tmp_path / "agent.py")
+    processes: list[Process] = []
+
+    async def run(*words: str, code: str = "", pty: str = "", **settings: str) -> Any:
+        file = tmp_path / ("own.py" if code else "agent.py")
+        if code:
+            file.write_text(code)
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **settings}
+        for name in {one.name.upper() for one in fields(Settings)} - set(settings):
+            environment.pop(name, None)
+        command = [*(["-c", pty, sys.executable] if pty else []), str(file), *words]
+        pipes: Any = {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE, "env": environment}
+        start = asyncio.create_subprocess_exec(sys.executable, *command, **pipes)
+        processes.append(await start)
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        with suppress(ProcessLookupError):
             process.kill()
+        await process.communicate()
 
 
-async def test_an_address_that_is_taken_ends_the_start_with_one_line(
-    offline: Layercode,
-) -> None:
-    process = await run(PORT=offline.url.rpartition(":")[2])
+async def printed(process: Process, wanted: str) -> str:
+    assert process.stdout is not None
+    seen = b""
+    while wanted.encode() not in seen:
+        more = await process.stdout.read(1000)
+        assert more, f"{wanted!r} is not in {seen!r}"
+        seen += more
+    return seen.decode()
+
+
+async def end_of(process: Process) -> tuple[int | None, str]:
+    """The status of a process, at its end, and what it wrote to stderr."""
     _, errors = await process.communicate()
-    assert (process.returncode, errors.count(b"\n")) == (1, 1)
+    return process.returncode, errors.decode()
 
 
-async def test_importing_the_agent_does_nothing() -> None:
-    code = (
-        "import sys, threading, agent; "
-        "assert 'google.genai' not in sys.modules; "
-        "assert threading.active_count() == 1"
-    )
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", code, cwd=HERE, stdout=PIPE, stderr=PIPE
-    )
-    assert await process.communicate() == (b"", b"")
-    assert process.returncode == 0
+# ---- Limits and settings -------------------------------------------------------------
+
+LIMITS = """
+TOOL_PATIENCE 5, FILLER_AFTER 1.2, MAX_ROUNDS 5, STREAM_END_PATIENCE 0.1,
+WARM_UP_PATIENCE 10, WRITE_PATIENCE 5, RECORD_PATIENCE 2, NOTICE_PATIENCE 30,
+BODY_PATIENCE 5, AUTHORIZE_PATIENCE 10, GRACE 5, TOLERANCE 300, MAX_TURNS 50,
+MAX_CONVERSATIONS 10000"""
+OPTIONS = {"handler_cancellation": True, "auto_decompress": False, "access_log": None}
+WAITS = {"keepalive_timeout": 120, "lingering_time": 2, "shutdown_timeout": 1}
 
 
-# ---- Settings ------------------------------------------------------------------------
+async def test_limits_and_settings_are_those_that_are_promised() -> None:
+    for name, value in map(str.split, LIMITS.split(",")):
+        assert getattr(agent, name) == float(value), name
+    assert (Agent.patience, Agent.ask_again_after) == (8, 2.5)
+    assert agent.RUNNER_OPTIONS == {**OPTIONS, **WAITS}
+    example = Path(agent.__file__).with_name(".env.example").read_text("utf-8")
+    names = sorted(re.findall("(?m)^([A-Z_]+)=", example))
+    assert names == sorted(one.name.upper() for one in fields(Settings))
+    assert not {SECRET, GEMINI_KEY, API_KEY} & set(repr(SETTINGS).split("'"))
 
 
-@pytest.fixture
-def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Takes all settings away; gives the folder of an empty .env."""
+@cases(
+    ("\ufeffHOST=a-b", {"host": "a-b"}),
+    ("# HOST=c\r\n\r\n  HOST = a-b  \r\nPORT=80\r\n", {"host": "a-b", "port": 80}),
+    ("export HOST=s3c#r=t # a comment\nWHATEVER=5", {"host": "s3c#r=t"}),
+    ("HOST='a # \"b' # a comment", {"host": 'a # "b'}),
+    ("HOST=\nPORT= # a comment\nLOG_LEVEL", {}),
+    ("GEMINI_MODEL=a\nGEMINI_THINKING=low", {"gemini_model": "set outside"}),
+    (b"HOST=\xff", r"\.env cannot be read"),
+    ("HOST=a".encode("utf-16"), r"\.env cannot be read"),
+)
+async def test_settings_come_from_the_environment_or_else_from_dotenv(
+    monkeypatch: Patch, tmp_path: Path, text: Any, settings: Any
+) -> None:
     for one in fields(Settings):
         monkeypatch.delenv(one.name.upper(), raising=False)
     monkeypatch.setattr(agent, "__file__", str(tmp_path / "agent.py"))
-    return tmp_path
+    (tmp_path / ".env").write_bytes(text.encode() if isinstance(text, str) else text)
+    if "GEMINI_MODEL" in str(text):
+        monkeypatch.setenv("GEMINI_MODEL", " set outside\n")
+        monkeypatch.setenv("GEMINI_THINKING", "")
+    if isinstance(settings, dict):
+        assert Settings.load() == Settings(**settings)
+    else:
+        with pytest.raises(SettingsError, match=settings):
+            Settings.load()
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        "PORT=abc",
-        "PORT=65536",
-        "PORT=-1",
-        "LOG_LEVEL=loud",
-        "GEMINI_THINKING=much",
-        "LAYERCODE_API_URL=layercode",
-        "ALLOWED_ORIGINS=*",
-        "ALLOWED_ORIGINS=https://a.example/",
-        "ALLOWED_ORIGINS=https://",
-    ],
+# ---- The agent -----------------------------------------------------------------------
+
+
+async def test_a_greeting_sees_the_webhook_and_who_has_spoken(serve: Serve) -> None:
+    caller = await serve(one := Own())
+    assert [await caller.say(), await caller.say()] == [GREETING, GREETING]
+    await caller.say("Hello.")
+    assert await caller.say(type="session.start") == Agent.welcome_back
+    one.welcome_back = ""
+    assert await caller.say() == ""
+    one.pieces = (nothing,)
+    event = caller.event(session_id="a session", custom_metadata={"name": "Ana"})
+    del event["conversation_id"]
+    assert await caller.frames(event) == []
+    assert one.events[-1] == {**event, "conversation_id": "a session"}
+
+
+async def test_a_notice_ends_though_nobody_waits_but_in_time(serve: Serve) -> None:
+    caller = await serve(Own(gate := Gate(), fails), NOTICE_PATIENCE=60)
+    await caller.drop(gate.reached.wait(), caller.event(type="session.end"))
+    # The agent notices the hang-up before it answers another caller.
+    await caller.status(b"")
+    gate.open()
+    told = "'session.end' failed in notice(): KeyError at test_agent.py:"
+    await until(lambda: told in caller.log()[-1])
+    caller = await serve(Own(forever), NOTICE_PATIENCE=0.01)
+    assert (await caller.status(caller.event(type="session.end")))[0] == 500
+    assert "'session.end' failed in notice(): TimeoutError" in caller.log()[-1]
+
+
+async def is_cancelled() -> None:
+    """Waits for what two callers share, of whom the other one has hung up."""
+    shared = asyncio.ensure_future(forever())
+    shared.cancel()
+    await shared
+
+
+async def quits() -> None:
+    sys.exit("secret words")
+
+
+WRONG = {fails: "KeyError", quits: "SystemExit", is_cancelled: "CancelledError"}
+
+
+@cases(*product(WRONG, ["greet", "reply", "notice", "admit"]))
+async def test_an_error_is_told_by_its_place(serve: Serve, wrong: Any, at: str) -> None:
+    caller = await serve(Own(wrong))
+    if at in ("greet", "reply"):
+        assert await caller.say("hello" if at == "reply" else None) == APOLOGY
+    elif at == "notice":
+        assert (await caller.status(caller.event(type="data")))[0] == 500
+    else:
+        assert (await caller.status(ASKED, "/authorize"))[0] == 500
+    [line] = caller.log()
+    assert "failed" in line and f"{WRONG[wrong]} at test_agent.py:" in line
+
+
+# ---- History -------------------------------------------------------------------------
+
+
+async def test_a_store_gets_each_fact_when_it_is_known(serve: Serve) -> None:
+    caller = await serve(Agent(SETTINGS, store := Store()), MAX_TURNS=1)
+    await caller.say("one", turn_id="1")
+    await caller.say("two", turn_id="2", **report("Su", "1"))
+    over = {"spoken": SURE, "finished": True}
+    told = [{"user": "one"}, {"user": "one", **over}, {"heard": "Su"}]
+    told += [{"user": "two"}, {"user": "two", **over}]
+    assert [facts for *_, facts in store.facts] == told
+    assert caller.gemini.shown() == ["two"]
+
+
+@cases(*product([True, False], [True, False]))
+async def test_arrival_decides_and_no_word_is_lost_however_slow_a_store_is(
+    serve: Serve, spoken: bool, drops: bool
+) -> None:
+    store = Store(**{"finished" if spoken else "user": (gate := Gate())})
+    caller = await serve(Agent(SETTINGS, store), [["Well, ", forever]] * spoken)
+    async with caller.post(caller.event("one")) as response:
+        await caller.hear(response, "Well, " * spoken)
+        if drops:
+            response.close()
+        answer = asyncio.create_task(caller.say("two"))
+        # The first is cut off, and waits to be recorded.
+        await until(caller.log)
+        await gate.reached.wait()
+        await caller.status(b"")
+        assert len(caller.gemini.asked) == spoken
+        gate.open()
+        assert await answer == SURE
+    heard = ["Well,  [interrupted]"] * spoken
+    assert caller.gemini.shown() == ["one", *heard, "two"]
+
+
+@cases(*product(["load", "user", "finished"], [fails, forever]))
+async def test_a_store_that_fails_or_hangs_does_not_end_the_call(
+    serve: Serve, fact: str, before: Any
+) -> None:
+    one = Own("Well.", histories=Store(**{fact: before}), patience=0.05)
+    caller = await serve(one, RECORD_PATIENCE=0.01)
+    said = "Well." if fact == "finished" else APOLOGY
+    assert [await caller.say("hello") for _ in range(2)] == [said, said]
+    what = "is not recorded" if fact == "finished" else "failed"
+    why = "KeyError at test_agent.py" if before is fails else "TimeoutError"
+    await until(lambda: f" {what}: {why}" in str(caller.log()))
+
+
+# ---- The webhook ---------------------------------------------------------------------
+
+
+async def test_the_answer_has_the_form_that_layercode_reads(caller: Caller) -> None:
+    response = await caller.answer(caller.event("hello", turn_id="1"), "/api/agent")
+    headers = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}
+    headers["Cache-Control"] = "no-cache, no-transform"
+    assert {**response.headers, **headers} == {**response.headers}
+    first = 'data: {"type": "response.tts", "content": "Sure, ", "turn_id": "1"}\n\n'
+    last = 'data: {"type": "response.end", "turn_id": "1"}\n\n'
+    text = await response.text()
+    assert text.startswith(first) and text.endswith(last) and text.count("\n") == 6
+
+
+OBJECT = "the body is not a JSON object"
+RUBBISH = [b" ", b"null", b"5", b'["ab"]', b"\xff", b"{", b"[" * 100_000, b"1" * 5000]
+FIELDS = [*product(["type", "conversation_id", "turn_id", "text"], [0, {}, ...])]
+
+
+@cases(
+    *((body, 400, OBJECT) for body in RUBBISH),
+    *(({name: it}, 400, f"{name} is missing or not a text") for name, it in FIELDS),
+    (b'{"type": "new", "session_id": "a"}'.ljust(2**20), 200, "{}"),
+    (b"{}".ljust(2**20 + 1), 413, ""),
+    *(({"type": it, "turn_id": ...}, 200, "{}") for it in ("data", "session.start")),
+    *(({"text": text}, 200, APOLOGY) for text in ("", "  ", None)),
+    *(({name: "a\ud800"}, 200, "problem.") for name in ("text", "turn_id", "more")),
 )
-@pytest.mark.usefixtures("no_settings")
-async def test_a_setting_that_cannot_be_right_is_named(
-    monkeypatch: pytest.MonkeyPatch, wrong: str
+async def test_a_webhook_is_answered_or_told_what_is_wrong_with_it(
+    caller: Caller, asked: Any, status: int, told: str
 ) -> None:
-    monkeypatch.setenv(*wrong.split("="))
-    with pytest.raises(SettingsError, match="^" + re.escape(wrong)):
-        Agent()
+    if isinstance(asked, dict):
+        asked = {**caller.event("hello"), "session_id": None, **asked}
+        asked = {name: value for name, value in asked.items() if value is not ...}
+    response = await caller.answer(asked)
+    assert (response.status, told in await response.text()) == (status, True)
+    if told == "problem.":
+        assert caller.gemini.shown() == [asked["text"].replace("\ud800", "?").strip()]
 
 
-async def test_a_setting_that_cannot_be_right_ends_the_start_with_one_line() -> None:
-    process = await run(PORT="abc")
-    _, errors = await process.communicate()
-    assert process.returncode == 1
-    assert errors == b"agent.py: PORT=abc is not a number\n"
+SIGNED = f"layercode-signature: {sign(b'1', SECRET)}"
+ONE, NINE = "Content-Length: 1", "Content-Length: 9"
+CHUNKS, GZIP = "Transfer-Encoding: chunked", "Content-Encoding: gzip"
 
 
-async def test_the_one_wrong_origin_of_many_is_named_at_once() -> None:
-    origins = [f"https://{number}.example.com" for number in range(40)]
-    wrong = "https://app.example.com/,"
-    with pytest.raises(SettingsError, match=r": https://app\.example\.com/ is not"):
-        Settings(allowed_origins=",".join([*origins, wrong]))
-    with pytest.raises(SettingsError, match=r": https://a\.com/ is not"):
-        Settings(allowed_origins="https://a.com/,https://b.com")
-
-
-async def test_a_value_error_of_one_s_own_keeps_its_traceback(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.py"
-    broken.write_text(
-        "from agent import Agent, main\n"
-        "class Broken(Agent):\n"
-        "    def __init__(self):\n"
-        "        raise ValueError('of my own')\n"
-        "main(Broken)\n"
-    )
-    process = await run(file=broken)
-    _, errors = await process.communicate()
-    assert b"broken.py" in errors and b"ValueError: of my own" in errors
-
-
-async def test_it_says_what_is_not_configured_and_where_to_get_it(
-    unused_tcp_port: int,
-) -> None:
-    said = await first_lines(5, PORT=str(unused_tcp_port))
-    assert said.startswith(f"Up: http://127.0.0.1:{unused_tcp_port}\n")
-    for name in (
-        "LAYERCODE_WEBHOOK_SECRET",
-        "GOOGLE_GENERATIVE_AI_API_KEY",
-        "LAYERCODE_API_KEY",
-        "aistudio.google.com",
-        "ashboard",
-        "tunnel",
-    ):
-        assert name in said
-
-
-async def test_it_says_that_it_authorizes_everyone(unused_tcp_port: int) -> None:
-    said = await first_lines(4, PORT=str(unused_tcp_port), LAYERCODE_API_KEY="API-KEY")
-    assert "Everyone who reaches /authorize may start calls" in said
-    assert "admit()" in said and "API-KEY" not in said
-
-
-async def first_lines(lines: int, **settings: str) -> str:
-    """The first lines that the agent prints with these settings."""
-    process = await run(**settings)
-    assert process.stdout is not None
-    try:
-        async with asyncio.timeout(10):
-            said = [await process.stdout.readline() for _ in range(lines)]
-    finally:
-        process.kill()
-        await process.communicate()
-    return b"".join(said).decode()
-
-
-async def test_log_level_counts_where_it_serves(unused_tcp_port: int) -> None:
-    one = serving(HERE / "agent.py", unused_tcp_port, LOG_LEVEL="WARNING")
-    async with one as (process, caller):
-        await caller.send(caller.event("welcome"))
-        caller.secret = "wrong"
-        await caller.refused(caller.event("welcome"))
-        process.terminate()
-        _, errors = await process.communicate()
-    assert b" WARNING POST '/agent'" in errors
-    assert b" INFO " not in errors
-
-
-async def test_log_level_counts_in_chat_where_info_would_be_in_the_way() -> None:
-    for level, lines in (("DEBUG", 1), ("INFO", 0)):
-        process = await run("chat", LOG_LEVEL=level)
-        _, errors = await process.communicate(b"")
-        assert errors.count(b" spoken first_word=") == lines
-
-
-DOTENV = """\
-# a comment
-export GEMINI_MODEL=a-b # comment
-LAYERCODE_API_KEY='a # "b'
-HOST=
-LOG_LEVEL=WARNING
-LAYERCODE_WEBHOOK_SECRET="a \\"b\\" # c"
-  PORT=80
-"""
-
-
-async def test_settings_come_from_the_environment_and_from_dotenv(
-    no_settings: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (no_settings / ".env").write_text(DOTENV)
-    monkeypatch.setenv("LOG_LEVEL", "ERROR")
-    assert Agent().settings == Settings(
-        gemini_model="a-b",
-        layercode_api_key='a # "b',
-        log_level="ERROR",
-        layercode_webhook_secret='a "b" # c',
-        port=80,
-    )
-
-
-async def test_an_open_quote_in_dotenv_is_told(no_settings: Path) -> None:
-    (no_settings / ".env").write_text("HOST='a")
-    with pytest.raises(SettingsError, match=r"\.env cannot be read"):
-        Settings.load()
-
-
-async def test_a_dotenv_that_cannot_be_read_is_told(no_settings: Path) -> None:
-    (no_settings / ".env").write_bytes(b"HOST=\xff")
-    with pytest.raises(SettingsError, match=r"\.env cannot be read"):
-        Settings.load()
-
-
-async def test_an_agent_may_have_settings_of_its_own(
-    no_settings: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    @dataclass(frozen=True)
-    class PizzaSettings(Settings):
-        shop: str = "Luigi's"
-        ovens: int = 2
-        price: float = 9.5
-
-    monkeypatch.setenv("OVENS", "3")
-    (no_settings / ".env").write_text("SHOP=Ana\nPRICE=8.75")
-    settings = PizzaSettings.load()
-    assert settings == PizzaSettings(shop="Ana", ovens=3, price=8.75)
-
-
-async def test_secrets_are_not_shown_with_the_settings() -> None:
-    settings = replace(WITH_GEMINI, layercode_api_key="API-KEY")
-    assert not {SECRET, GEMINI_KEY, "API-KEY"} & set(repr(settings).split("'"))
-
-
-async def test_the_example_of_dotenv_lists_every_setting() -> None:
-    example = (HERE / ".env.example").read_text()
-    names = re.findall(r"(?m)^#? ?([A-Z_]+)=", example)
-    assert sorted(names) == sorted(one.name.upper() for one in fields(Settings))
-
-
-# ---- Authorize -----------------------------------------------------------------------
-
-
-class Api:
-    """Layercode's REST API, which answers as it is told."""
-
-    def __init__(self) -> None:
-        # The Authorization header and the JSON of each request.
-        self.asked: list[tuple[str, Event]] = []
-        self.cookies: list[str] = []
-        self.status = 200
-        self.answer: object = {"client_session_key": "k", "conversation_id": "c"}
-        self.stalls = False
-        self.endless = False
-        self.settings = Settings()
-
-    async def authorize_session(self, request: web.Request) -> web.StreamResponse:
-        self.asked.append((request.headers["Authorization"], await request.json()))
-        self.cookies += request.cookies
-        if self.stalls:
-            await asyncio.Event().wait()
-        response = web.StreamResponse(
-            status=self.status,
-            headers={"Location": "/", "Content-Type": "application/json"},
-        )
-        response.set_cookie("visitor", "one")
-        await response.prepare(request)
-        await response.write(json.dumps(self.answer, ensure_ascii=False).encode())
-        while self.endless:
-            await response.write(b" " * 65536)
-        return response
-
-
-@pytest_asyncio.fixture
-async def api() -> AsyncIterator[Api]:
-    """Layercode's REST API, with the settings of an agent that asks it."""
-    fake = Api()
-    app = web.Application()
-    app.router.add_post("/v1/agents/web/authorize_session", fake.authorize_session)
-    async with served(app, handler_cancellation=True) as url:
-        fake.settings = Settings(layercode_api_key="API-KEY", layercode_api_url=url)
-        yield fake
-
-
-class Page:
-    """A web page that asks an agent for a session."""
-
-    def __init__(self, caller: Layercode) -> None:
-        self.http = caller.http
-        self.url = caller.url
-
-    def ask(
-        self, page: Event | None = None, path: str = "/authorize", **headers: str
-    ) -> Any:
-        page = {"agent_id": "a"} if page is None else page
-        return self.http.post(self.url + path, json=page, headers=headers)
-
-    async def status(self, page: Event | None = None, **headers: str) -> int:
-        async with self.ask(page, **headers) as response:
-            return int(response.status)
-
-    async def refused(
-        self, page: Event | None = None, **headers: str
-    ) -> tuple[int, str]:
-        """The status and the reason of a refusal, which the body repeats."""
-        async with self.ask(page, **headers) as response:
-            assert await response.json() == {"error": response.reason}
-            return response.status, response.reason
-
-
-@pytest_asyncio.fixture
-async def page(start: Start, api: Api) -> Page:
-    """A page of the agent as it comes, with a key for Layercode."""
-    return Page(await start(Agent(api.settings)))
-
-
-@pytest.mark.parametrize(
-    "origin", ["http://localhost:5173", "https://127.0.0.1", "http://[::1]:8000"]
+@cases(
+    *((path, [CHUNKS], "411 ") for path in ("/agent", "/authorize", "/nowhere")),
+    ("/agent", [NINE], "401 "),
+    ("/agent", [NINE, "layercode-signature: t=1,v1=0"], "401 "),
+    ("/agent", [NINE, SIGNED], "408 "),
+    ("/authorize", [NINE], "408 "),
+    ("/agent", [ONE, SIGNED, GZIP], "415 "),
+    ("/agent", [ONE, "layercode-signature: \xe9"], "401 "),
+    ("/agent", [ONE, SIGNED[:35] + "1=\xe9"], "401 "),
+    ("/nowhere", [ONE], "404 Not Found"),
 )
-async def test_a_page_on_this_machine_gets_its_session(
-    page: Page, api: Api, origin: str
+async def test_a_stranger_is_refused_and_the_connection_closed(
+    serve: Serve, path: str, headers: list[str], told: str
 ) -> None:
-    preflight = {"Origin": origin, "Access-Control-Request-Method": "POST"}
-    async with page.http.options(page.url + "/authorize", headers=preflight) as answer:
-        assert answer.status == 200
-        assert answer.headers["Access-Control-Allow-Origin"] == origin
-        allowed = answer.headers["Access-Control-Allow-Headers"]
-        assert allowed == "Authorization, Content-Type"
-    asked = {"agent_id": "a", "metadata": {}, "sdk_version": "2.7.0"}
-    async with page.ask(asked, "/api/authorize", Origin=origin) as response:
-        assert (response.status, await response.json()) == (200, api.answer)
-        assert response.headers["Access-Control-Allow-Origin"] == origin
-        assert response.headers["Vary"] == "Origin"
-    assert api.asked == [("Bearer API-KEY", asked)]
+    caller = await serve(Agent(SETTINGS), BODY_PATIENCE=0.1)
+    lines = [f"POST {path} HTTP/1.1", "Host: a", "Connection: close", *headers]
+    assert (await caller.stranger("\r\n".join([*lines, "", "1"]))).startswith(told)
 
 
-@pytest.mark.parametrize(
-    "origin",
-    ["https://localhost.evil.example", "null", "http://[::1]evil.example", "itself"],
+DATA = {"type": "response.data", "content": {"size": 9}}
+HANG_UP = {"type": "response.hangup"}
+GOODBYE = {"type": "response.tts", "content": "Goodbye."}
+
+
+@cases(
+    ([DATA, "Bye. ", GOODBYE, HANG_UP], "Bye. Goodbye.", "spoken"),
+    ([DATA], "", "spoken"),
+    ([nothing], APOLOGY, "failed: nothing was said"),
+    (["", "  "], APOLOGY, "failed: nothing was said"),
+    (["Well.", fails], f"Well. {APOLOGY}", "failed: KeyError at test_agent.py:"),
+    ([partial(json.loads, "secret words")], APOLOGY, "JSONDecodeError at test_agent."),
+    ([5], APOLOGY, "failed: Own.reply() yields a int"),
+    ([None], APOLOGY, "failed: Own.reply() yields a NoneType"),
+    ([{"content": "x"}], APOLOGY, "failed: Own.reply() yields a dict"),
+    ([GOODBYE | {"content": None}], APOLOGY, "failed: Own.reply() yields a "),
+    ([DATA | {"content": float("nan")}], APOLOGY, "failed: Own.reply() yields a"),
 )
-async def test_a_page_of_another_origin_gets_nothing(
-    page: Page, api: Api, origin: str
+async def test_what_a_reply_yields_is_sent_or_what_is_wrong_with_it_told(
+    serve: Serve, pieces: list[Any], said: str, why: str
 ) -> None:
-    # Not even one that has its name point to this machine.
-    headers = {"Origin": origin, "Host": "evil.example"}
-    if origin == "itself":
-        headers["Origin"] = "http://evil.example"
-    for ask in (page.http.options, page.http.post):
-        async with ask(page.url + "/authorize", json={}, headers=headers) as response:
-            assert response.status == 403
-            assert "Access-Control-Allow-Origin" not in response.headers
-    assert not api.asked
+    caller = await serve(one := Own(*pieces))
+    frames = await caller.frames(caller.event("hello"))
+    assert words(frames).strip() == said
+    events = [piece for piece in pieces if piece in (DATA, HANG_UP)]
+    assert [frame for frame in frames if frame["type"] != "response.tts"] == events
+    [line] = caller.log()
+    assert f" {why}" in line
+    one.pieces = ("Well.",)
+    await caller.say("two")
+    assert one.history[0].spoken.strip() == said
 
 
-async def test_only_the_origins_of_the_settings_are_allowed(
-    start: Start, api: Api
+@cases([], ["Well, "], ["Well, ", *["y" * 60_000] * 200])
+async def test_a_hang_up_stops_gemini(serve: Serve, first: list[Step]) -> None:
+    caller = await serve(Agent(SETTINGS), [[*first, forever]])
+    async with caller.post(caller.event("hi")) as response:
+        await until(lambda: caller.gemini.asked)
+        await caller.hear(response, "".join(first[:1]))
+        response.close()
+    await caller.gemini.until(open=0)
+    await until(caller.log)
+    assert " interrupted" in caller.log()[0] and len(caller.gemini.asked) == 1
+
+
+async def test_a_reply_that_is_cut_off_says_nothing_more(serve: Serve) -> None:
+    caller = await serve(one := Own("Once upon ", waits_and_fails))
+    async with caller.post(caller.event("A story!")) as response:
+        await caller.hear(response, "Once upon ")
+        one.pieces = ("Well.",)
+        assert await caller.say("Stop!") == "Well."
+        with pytest.raises(aiohttp.ClientError):
+            await response.read()
+    assert (one.history[0].spoken, one.history[0].finished) == ("Once upon ", False)
+    interrupted, spoken = caller.log()
+    assert " interrupted first_word=" in interrupted and " spoken first_word=" in spoken
+
+
+async def test_who_stops_reading_has_hung_up(serve: Serve) -> None:
+    caller = await serve(Own(*["x" * 60_000] * 1000), WRITE_PATIENCE=0.1)
+    async with caller.post(caller.event("hello")) as response:
+        await until(caller.log)
+        with pytest.raises(aiohttp.ClientError):
+            await response.read()
+    assert " interrupted" in caller.log()[0]
+
+
+REPORTS = [
+    *((report("Su", it), [SURE, "Su [interrupted]"]) for it in ("", None)),
+    (report("Su", "zero"), ["Su [interrupted]", SURE]),
+    (report("", "one"), [SURE]),
+    (report(None, None), [SURE, f"{SURE} [interrupted]"]),
+    *((report("Su", it), [SURE, SURE]) for it in ("unknown", ["one"])),
+    (report("Su", "one", False), [SURE, SURE]),
+]
+
+
+@cases(*product([Histories, Store], REPORTS))
+async def test_what_was_heard_is_what_is_reported(
+    serve: Serve, store: Any, told: tuple[Event, list[str]]
 ) -> None:
-    origins = "https://App.example.com, https://*.shop.example http://[::1]:*"
-    page = Page(await start(Agent(replace(api.settings, allowed_origins=origins))))
-    for origin, status in {
-        "https://app.example.com": 200,
-        "https://leeds.shop.example": 200,
-        "http://[::1]:9": 200,
-        "http://app.example.com": 403,
-        "https://app.example.com.evil.example": 403,
-        "http://localhost": 403,
-        "http://::9": 403,
-    }.items():
-        assert await page.status(Origin=origin) == status
+    caller = await serve(Agent(SETTINGS, store()))
+    await caller.say("zero", turn_id="zero", **report("Su", None))
+    await caller.say("one", turn_id="one")
+    assert await caller.say("two", **told[0]) == SURE
+    await caller.say("And now?", interruption_context=[])
+    shown = ["zero", told[1][0], "one", *told[1][1:], "two", SURE, "And now?"]
+    assert caller.gemini.shown() == shown
 
 
-async def test_a_visitor_cannot_set_more_than_four_fields(page: Page, api: Api) -> None:
-    four = {
-        "agent_id": "a",
-        "conversation_id": "c",
-        "metadata": {"b": 1},
-        "sdk_version": "2",
-    }
-    more = {"config": {"x": 1}, "custom_headers": {}, "custom_metadata": {"a": 1}}
-    assert await page.status({**four, **more}) == 200
-    assert await page.status({"pipeline_id": "a", "session_id": "c"}) == 200
-    older = {"agent_id": "a", "conversation_id": "c"}
-    assert await page.status({"agent_id": "a", "session_id": ""}) == 200
-    assert [asked for _, asked in api.asked] == [four, older, {"agent_id": "a"}]
+async def test_a_stop_ends_what_outlasts_it_and_says_so(
+    serve: Serve, aiohttp_server: AiohttpServer
+) -> None:
+    caller = await serve(Agent(SETTINGS), GRACE=0.05)
+    server = await aiohttp_server((one := Own(forever)).make_app())
+    caller.url = url_of(server)
+    reply = asyncio.create_task(caller.frames(caller.event("A story!")))
+    notice = asyncio.create_task(caller.answer(caller.event(type="session.end")))
+    await until(lambda: len(one.events) == 2)
+    await asyncio.gather(server.close(), notice, return_exceptions=True)
+    assert await reply == []
+    assert " cut off by the stop first_word=none" in str(caller.log())
+    [line] = [line for line in caller.log() if "'session.end'" in line]
+    assert "cut off" in line and "notice()" in line
+
+
+# ---- What is read aloud, and the signature -------------------------------------------
+
+PLAIN = {
+    "It's **really** `true`. **So.**\n\n**Yes**": "It's really true. So.\n\nYes",
+    "# A\n## B\n> c\n- one\n* two\n  + three": "A\nB\nc\none\ntwo\nthree",
+    "an _emphasis_, *another*, __both__": "an emphasis, another, both",
+    "See [the menu](https://a.example/x_y) now": "See the menu now",
+    "Well [interrupted] so\ud800 [Interrupted]": "Well  so? ",
+    "Yes [sic] [1], 2*3, 2**3, 5 * 3": "Yes [sic] [1], 2*3, 2**3, 5 * 3",
+    "a - b, 5 > 3, #1, C#, snake_case": "a - b, 5 > 3, #1, C#, snake_case",
+}
+
+
+@cases(*PLAIN)
+async def test_marks_are_not_read_aloud_split_or_not(serve: Serve, text: str) -> None:
+    caller = await serve(one := Own())
+    for end in range(len(text)):
+        one.pieces = (text[:end], text[end:])
+        assert await caller.say("hello") == PLAIN[text], one.pieces
+
+
+BODY = b'{"type": "data", "session_id": "caf\xc3\xa9",  "price": 1.0}'
+NOW, RIGHT = int(time.time()), sign(BODY, SECRET)
+
+
+@cases(
+    *((sign(BODY, SECRET, str(NOW + age)), 200) for age in (-200, 0, 200)),
+    *((text, 200) for text in (RIGHT + ",v1=00", RIGHT.replace(",", ",v1=00,"))),
+    *((sign(BODY, SECRET, str(NOW + age)), 401) for age in (-310, 3600)),
+    *((sign(*it), 401) for it in ((BODY + b" ", SECRET), (BODY, "another"))),
+    *((RIGHT.replace(*it), 401) for it in (("v1", "v0"), ("t=", "t=0"))),
+    *((text, 401) for text in ("nonsense", "t=,v1=", "v1=00", f"t={NOW}", "\u00e9")),
+    *((f"t={text},v1=00", 401) for text in (1, "\u00b2", "9" * 5000, NOW)),
+)
+async def test_a_webhook_is_taken_if_its_signature_is_right(
+    caller: Caller, signature: str, status: int
+) -> None:
+    headers = {"layercode-signature": signature}
+    assert (await caller.status(BODY, "/agent", headers))[0] == status
+    assert agent.verify(signature, BODY, SECRET) == (status == 200)
+
+
+@cases(("/agent", "WEBHOOK_SECRET"), ("/authorize", "API_KEY"))
+async def test_a_missing_secret_is_told(serve: Serve, path: str, name: str) -> None:
+    caller = await serve(Agent(Settings()))
+    caller.secret = ""
+    told = (500, f"LAYERCODE_{name} is not set")
+    assert await caller.status({**ASKED, **caller.event()}, path) == told
+
+
+# ---- Asking Gemini -------------------------------------------------------------------
+
+BLOCKED = raw(promptFeedback={"blockReason": "PROHIBITED_CONTENT"})
+GARBLED, SAFETY = b"data: {hello\r\n\r\n", chunk("", "SAFETY")
+THOUGHT = {"text": "The caller greets me.", "thought": True}
+GEMMA = replace(SETTINGS, gemini_model="models/gemma", gemini_thinking="low")
+WELL, STORY = f"Well. {APOLOGY}", "Once upon a time."
+
+
+@cases(
+    ((503,), 2, APOLOGY, "ServerError 503 STATUS"),
+    ([" ", "\n", "**"], 2, APOLOGY, "no words"),
+    ([[THOUGHT]], 2, APOLOGY, "no words"),
+    ([CUT], 2, APOLOGY, "ClientPayloadError at "),
+    ([b""], 2, APOLOGY, "the answer broke off"),
+    ([GARBLED], 2, APOLOGY, "UnknownApiResponseError at "),
+    ([SAFETY, forever], 2, APOLOGY, "Gemini ended the answer: SAFETY"),
+    ((403,), 1, APOLOGY, "ClientError 403 STATUS first_word"),
+    ((404,), 1, APOLOGY, "ClientError 404 STATUS: is GEMINI_MODEL=gemma right?"),
+    ((400, "API_KEY_INVALID"), 1, APOLOGY, ": is GOOGLE_GENERATIVE_AI_API_KEY right?"),
+    ((400, "Thinking level"), 1, APOLOGY, "GEMINI_THINKING=low suit GEMINI_MODEL=gem"),
+    ((400, "User location is not supported"), 1, APOLOGY, "where this server runs"),
+    ((400, "instruction is not enabled"), 1, APOLOGY, "GEMINI_MODEL=gemma takes no "),
+    ([BLOCKED], 1, APOLOGY, "PROHIBITED_CONTENT"),
+    (["Well.", BLOCKED, forever], 1, WELL, "PROHIBITED_CONTENT"),
+    (["Well.", SAFETY, forever], 1, WELL, "Gemini ended the answer: SAFETY"),
+    (["Well.", CUT], 1, WELL, "ClientPayloadError at "),
+    (["Well.", b""], 1, WELL, "the answer broke off"),
+    (["Well.", forever], 1, WELL, "TimeoutError: nothing came for 0.3 s"),
+    ([[THOUGHT], [THOUGHT, {"text": STORY}]], 1, STORY, ""),
+    ([chunk("Once ", "STOP"), chunk("upon a time.", "STOP"), b""], 1, STORY, ""),
+    ([chunk("", "STOP"), "Once upon a ", chunk("time.", "STOP")], 1, STORY, ""),
+    ([chunk(STORY, "MAX_TOKENS"), b""], 1, STORY, ""),
+    ([chunk(STORY, "STOP"), forever], 1, STORY, ""),
+)
+async def test_gemini_is_asked_twice_before_a_word_unless_it_refuses(
+    serve: Serve, script: Any, times: int, said: str, why: str
+) -> None:
+    caller = await serve(Own(patience=0.3, settings=GEMMA), [script] * times)
+    assert await caller.say("hi", turn_id="1") == said
+    await caller.gemini.until(open=0)
+    assert len(caller.gemini.asked) == times
+    assert "/models/gemma:stream" in caller.gemini.requests[-1].path
+    told = f"{Agent.persona}\n{Agent.voice_rules}"
+    assert caller.gemini.asked[0]["systemInstruction"]["parts"] == [{"text": told}]
+    *again, line = caller.log()
+    turn = f"conversation='{caller.conversation}' turn='1' "
+    assert line.startswith(turn + ("failed: " if why else "spoken ")) and why in line
+    assert re.search(r" first_word=\d+ms total=\d+ms chunks=\d+$", line)
+    for line in again:
+        assert line.startswith(f"{turn}asks the model twice: ") and why in line
+    caller.gemini.scripts = [script] * (times - 1)
+    assert await caller.say("And now?") == SURE
+    assert ("hi" in caller.gemini.shown()) == (BLOCKED not in script)
+
+
+@cases(0, 1, 2)
+async def test_of_two_slow_requests_the_first_wins(serve: Serve, first: int) -> None:
+    scripts: list[Any] = [[forever], [forever], []]
+    scripts[first] = [gate := Gate(), "Here.", forever]
+    caller = await serve(Own(ask_again_after=0.05), scripts)
+    async with caller.post(caller.event("hello")) as response:
+        await until(lambda: len(caller.gemini.asked) == 2)
+        assert caller.log()[0].endswith(" asks the model twice: no word in 0.05 s")
+        if first < 2:
+            gate.open()
+            assert await caller.hear(response, "Here.") == "Here."
+            await caller.gemini.until(open=1)
+        response.close()
+    await caller.gemini.until(open=0)
+    assert len(caller.gemini.asked) == 2
+
+
+# ---- Tools ---------------------------------------------------------------------------
+
+
+class Size(enum.Enum):
+    SMALL = "small"
+
+
+@dataclass
+class Topping:
+    name: str
+
+
+class Guest(BaseModel):
+    name: str
+
+
+class Kitchen:
+    def __init__(self, is_open: bool = True) -> None:
+        self.orders: list[str] = []
+        self.gate = Gate(is_open)
+
+    async def order(self, dish: str) -> str:
+        """Orders a dish."""
+        self.orders.append(dish)
+        await self.gate()
+        return f"number {len(self.orders)}"
+
+
+def blows_up() -> None:
+    raise ValueError("secret words \ud800")
+
+
+def blocks() -> None:
+    threading.Event().wait(20)
+
+
+def returns(name: str, event: Event) -> agent.Tool:
+    tool = lambda: event  # noqa: E731
+    tool.__name__ = name
+    return tool
+
+
+HAM = call("order", dish="a ham")
+ORDERED = ["A ham!", "calls order", 'gives {"output": "number 1"}']
+
+
+async def test_tools_get_what_their_types_say(serve: Serve) -> None:
+    def bake(size: Size, minutes: int, topping: Topping, extra: int = 2) -> Any:
+        given = [size, repr(minutes), topping, extra]
+        return [given == [Size.SMALL, "2", Topping("ham"), 2], float("nan"), {1}]
+
+    async def greet(guest: Guest) -> Guest:
+        return guest
+
+    given = {"size": "small", "minutes": 2.0, "topping": {"name": "ham"}}
+    greeting = call("default_api.greet", guest={"name": "Ana"})
+    calls = [HAM, call("bake", **given), greeting]
+    one = Own(given=[Kitchen().order, bake, greet])
+    caller = await serve(one, [["So. ", calls[:2], calls[2:]]])
+    assert await caller.say("A ham!") == f"So.  {SURE}"
+    outputs = ["number 1", [True, None, [1]], {"name": "Ana"}]
+    assert caller.gemini.results() == [{"output": output} for output in outputs]
+    called, told = [one["parts"] for one in caller.gemini.asked[-1]["contents"][1:]]
+    assert [part for part in called if "text" not in part] == calls
+    assert told[0]["functionResponse"].items() >= {"id": "call_of_order"}.items()
+    order, bake_, _ = caller.gemini.asked[0]["tools"][0]["functionDeclarations"]
+    assert order["description"] == "Orders a dish." and "self" not in str(order)
+    for word in ('"small"', '"integer"', "Topping", '["size", "minutes", "topping"]'):
+        assert word in json.dumps(bake_)
+
+
+async def test_tools_run_at_once_and_nobody_waits_for_them(serve: Serve) -> None:
+    def wait() -> bool:
+        all_run.wait(20)
+        return may_end.wait(20)
+
+    async def wait_too() -> bool:
+        return await asyncio.to_thread(wait)
+
+    all_run, may_end = threading.Barrier(4), threading.Event()
+    calls = [call("wait"), call("wait"), call("wait_too")]
+    caller = await serve(Own(given=[wait, wait_too]), [[calls]])
+    answer = asyncio.create_task(caller.say("hello"))
+    await asyncio.to_thread(all_run.wait, 20)
+    assert await caller.another().say() == GREETING
+    may_end.set()
+    assert await answer == SURE
+    assert caller.gemini.results() == [{"output": True}] * 3
+
+
+@cases(
+    (call("blows_up"), "ValueError: secret words ?"),
+    (call("quits"), "SystemExit: secret words"),
+    (call("is_cancelled"), "CancelledError"),
+    (call("forever"), "It takes too long. It may still be done."),
+    (call("blocks"), "It takes too long. It may still be done."),
+    (call("order", dish=5), "valid string"),
+    (call("default_api.bakes"), "no tool"),
+)
+async def test_a_tool_that_fails_costs_no_answer_and_gemini_is_told_why(
+    serve: Serve, called: Event, told: str
+) -> None:
+    given = [blows_up, quits, is_cancelled, forever, blocks, Kitchen().order]
+    caller = await serve(Own(given=given), [[[called]]], TOOL_PATIENCE=0.1)
+    frames = await caller.frames(caller.event("hello"))
+    [result] = caller.gemini.results()
+    assert words(frames) == SURE and told in result["error"]
+    name = called["functionCall"]["name"].removeprefix("default_api.")
+    states = [one["content"] for one in frames if one["type"] == "response.data"]
+    assert states == [{"tool": name, "state": one} for one in ("running", "failed")]
+    assert f"tool '{name}' failed: " in str(caller.log()) or "no tool" in told
+
+
+@cases(*product([Histories, Store], ["says more", "again", "again after a hang-up"]))
+async def test_a_tool_runs_once_and_to_its_end_whatever_comes(
+    serve: Serve, store: Any, how: str
+) -> None:
+    kitchen = Kitchen(is_open=False)
+    one = Own(histories=store(), given=[kitchen.order])
+    caller = await serve(one, [["So.", [HAM]], ["Here it is."]])
+    async with caller.post(event := caller.event("A ham!")) as response:
+        await kitchen.gate.reached.wait()
+        if how != "again":
+            response.close()
+        if how == "says more":
+            assert await caller.say("Hello?") == "Here it is."
+            assert "It has begun" in caller.gemini.shown()[2]
+        again = asyncio.create_task(caller.send(event))
+        await caller.another().say()
+        kitchen.gate.open()
+        said = "So." if how == "says more" else "Here it is."
+        assert (await again).strip() == said
+    assert [await caller.say("Hm."), await caller.say("So?")] == [SURE, SURE]
+    *told, heard = caller.gemini.shown()[:4]
+    assert (told, heard.startswith(said)) == (ORDERED, True)
+    assert ("[interrupted]" in heard) == (how == "says more")
+    assert caller.gemini.asked[-1]["contents"][1]["parts"] == [HAM]
+    assert kitchen.orders == ["a ham"]
+
+
+async def test_a_tool_is_recorded_and_runs_once_if_asked_twice(serve: Serve) -> None:
+    store, kitchen = Store(done=(recording := Gate())), Kitchen()
+    one = Own(ask_again_after=0.05, histories=store, given=[kitchen.order])
+    caller = await serve(one, [[both := Gate(), [HAM]], [both, [HAM]]])
+    answer = asyncio.create_task(caller.say("A ham!"))
+    await until(lambda: len(both.waits) == 2)
+    one.ask_again_after = NEVER
+    both.open()
+    await recording.reached.wait()
+    await caller.another().say()
+    assert not kitchen.orders
+    recording.open()
+    assert (await answer, kitchen.orders) == (SURE, ["a ham"])
+    done = [str(facts["done"]) for *_, facts in store.facts if "done" in facts]
+    assert "It has begun" in done[0] and "number 1" in done[1]
+    # What cannot be recorded is done all the same.
+    store.before["done"] = fails
+    caller.gemini.scripts = [[[HAM]]]
+    assert (await caller.say("A ham!"), len(kitchen.orders)) == (SURE, 2)
+
+
+async def test_events_of_tools_are_sent_and_a_hang_up_comes_last(serve: Serve) -> None:
+    events: Event = {"hangs_up": HANG_UP, "shows": DATA, "says": GOODBYE}
+    events["ends"] = {"type": "response.end"}
+    one = Own(given=[returns(name, event) for name, event in events.items()])
+    calls = [call(name) for name in events]
+    caller = await serve(one, [[calls], ["Bye."], ["Bye.", calls[:1]]])
+    frames = await caller.frames(caller.event("Show me!"))
+    sent = [one for one in frames if "state" not in one.get("content", "")]
+    assert sent == [DATA, GOODBYE, {**GOODBYE, "content": "Bye."}, HANG_UP]
+    states = [one["content"]["state"] for one in frames if one not in sent]
+    assert states == ["running"] * 4 + ["done"] * 4
+    assert caller.gemini.results() == [{"output": one} for one in events.values()]
+    # After a goodbye, there is nothing more to say.
+    frames = await caller.frames(caller.event("bye"))
+    assert (words(frames).strip(), frames[-1]) == ("Bye.", HANG_UP)
+    assert len(caller.gemini.asked) == 3
+
+
+WAIT = [call("wait")]
+
+
+@cases(
+    ([[WAIT], [WAIT]], f"{Agent.filler} {SURE}", 3),
+    ([["Let me see.", WAIT]], f"Let me see. {SURE}", 2),
+    ([["I order it.", [HAM]], []], "I order it.", 2),
+    ([[[HAM]], [], []], APOLOGY, 3),
+    ([[[HAM]]] * 5, SURE, 6),
+)
+async def test_a_filler_is_spoken_once_and_words_in_five_rounds(
+    serve: Serve, scripts: list[list[Step]], said: str, asked: int
+) -> None:
+    async def wait() -> None:
+        await asyncio.sleep(0.3)
+
+    one = Own(given=[wait, Kitchen().order])
+    caller = await serve(one, scripts, FILLER_AFTER=0.1)
+    assert (await caller.say("hello")).strip() == said
+    configs = [one["toolConfig"] for one in caller.gemini.asked]
+    modes = [one["functionCallingConfig"]["mode"] for one in configs]
+    assert modes == ["AUTO", "AUTO", "AUTO", "AUTO", "AUTO", "NONE"][:asked]
+
+
+# ---- Web pages -----------------------------------------------------------------------
+
+ASKED = {"agent_id": "a"}
+HERE = Settings.allowed_origins
+THERE = "https://App.example.com/, https://*.shop.example http://[::1]:*"
+
+
+@cases(
+    (HERE, "http://localhost:5173", True),
+    (HERE, "http://[::1]:8000", True),
+    (HERE, "https://localhost.evil.example", False),
+    (HERE, "null", False),
+    (THERE, "https://app.example.com", True),
+    (THERE, "https://leeds.shop.example", True),
+    (THERE, "http://app.example.com", False),
+    (THERE, "http://::9", False),
+)
+async def test_pages_of_the_allowed_origins_get_a_session(
+    serve: Serve, allowed: str, origin: str, gets_it: bool
+) -> None:
+    caller = await serve(Agent(replace(SETTINGS, allowed_origins=allowed)))
+    # That a page comes from the host that it asks proves nothing.
+    headers = {"Origin": origin, "Host": origin.partition("//")[2] or "a"}
+    headers["Access-Control-Request-Headers"] = wanted = "content-type,traceparent"
+    response = await caller.answer(ASKED, "/api/authorize", headers)
+    url = caller.url + "/api/authorize"
+    async with caller.http.options(url, headers=headers) as preflight:
+        assert preflight.status == response.status == (200 if gets_it else 403)
+    names = ["Access-Control-Allow-Origin", "Vary", "Access-Control-Allow-Headers"]
+    told = [origin, "Origin", wanted] if gets_it else [None] * 3
+    for one in (preflight, response):
+        assert [one.headers.get(name) for name in names] == told
+    assert caller.gemini.sessions == [ASKED] * gets_it
+    assert gets_it or "ALLOWED_ORIGINS" in caller.log()[0]
+
+
+FOUR = {**ASKED, "conversation_id": "c", "metadata": {"b": 1}, "sdk_version": "2"}
+MORE = {"config": {"x": 1}, "custom_headers": {}, "custom_metadata": {"a": 1}}
+PAGE = json.dumps(ASKED).encode()
+DEEP = b'{"agent_id": "a", "metadata": ' + b"[" * 9000 + b"]" * 9000 + b"}"
+
+
+@cases(
+    ({**FOUR, **MORE}, 200, FOUR),
+    ({"pipeline_id": "a", "session_id": "c"}, 200, ASKED | {"conversation_id": "c"}),
+    ({"agent_id": "a", "session_id": "", "metadata": None}, 200, ASKED),
+    (b'{"agent_id": "a", "conversation+AF8-id": "c"}', 200, ASKED),
+    ({"agent_id": 5}, 400, "agent_id is missing or not a text"),
+    ({**ASKED, "session_id": 5}, 400, "conversation_id is missing or not a text"),
+    ({"agent_id": "b"}, 403, "agent_id is not LAYERCODE_AGENT_ID"),
+    (DEEP, 400, OBJECT),
+    (PAGE.ljust(2**16), 200, ASKED),
+    (PAGE.ljust(2**16 + 1), 413, "Request Entity Too Large"),
+)
+async def test_of_a_page_layercode_is_told_four_fields(
+    serve: Serve, page: Any, status: int, sent: Any
+) -> None:
+    caller = await serve(Agent(replace(SETTINGS, layercode_agent_id="a")))
+    headers = {"Content-Type": "application/json; charset=utf-7"}
+    told = await caller.status(page, "/authorize", headers)
+    assert told == (status, "OK" if status == 200 else sent)
+    assert caller.gemini.sessions == [sent] * (status == 200)
 
 
 class Doorkeeper(Agent):
-    """Lets in whoever brings the right token."""
-
-    async def admit(self, request: web.Request) -> Event:
+    async def admit(self, request: web.Request, session: Event) -> None:
+        if "moved" in request.query:
+            raise web.HTTPFound("/new")
         if request.headers.get("Authorization") != "Bearer ana":
-            raise web.HTTPForbidden(reason="log in first")
-        return {
-            "custom_metadata": {"name": "Ana"},
-            "custom_headers": {"shop": "Leeds"},
-            "config": {"voice": "low"},
-        }
+            how = {"WWW-Authenticate": "Bearer"}
+            raise web.HTTPUnauthorized(reason="log in first", headers=how)
+        if "conversation_id" in session:
+            raise web.HTTPForbidden(reason="no old conversations")
+        session["custom_metadata"] = {"name": "Ana"}
 
 
-async def test_admit_may_refuse_a_visitor_with_a_reason_of_its_own(
-    start: Start, api: Api
-) -> None:
-    page = Page(await start(Doorkeeper(api.settings)))
-    assert await page.refused() == (403, "log in first")
-    assert not api.asked
+async def test_admit_refuses_in_its_own_way_or_adds_what_it_likes(serve: Serve) -> None:
+    caller = await serve(Doorkeeper(SETTINGS))
+    page = {"Origin": "http://localhost"}
+    refused = await caller.answer(ASKED, "/authorize", page)
+    assert (refused.status, refused.reason) == (401, "log in first")
+    assert refused.headers["WWW-Authenticate"] == "Bearer"
+    assert "Access-Control-Allow-Origin" in refused.headers
+    moved = await caller.answer(ASKED, "/authorize?moved", page)
+    assert (moved.status, moved.headers["Location"]) == (302, "/new")
+    ana = {"Authorization": "Bearer ana"}
+    for name in ("conversation_id", "session_id"):
+        told = await caller.status({**ASKED, name: "c"}, "/authorize", ana)
+        assert told == (403, "no old conversations")
+    assert (await caller.status({**ASKED, **MORE}, "/authorize", ana))[0] == 200
+    assert caller.gemini.sessions == [{**ASKED, "custom_metadata": {"name": "Ana"}}]
 
 
-async def test_admit_may_say_what_a_visitor_may_not(start: Start, api: Api) -> None:
-    page = Page(await start(Doorkeeper(api.settings)))
-    forged = {"agent_id": "a", "custom_metadata": {"name": "Eve"}}
-    assert await page.status(forged, Authorization="Bearer ana") == 200
-    assert api.asked[0][1] == {
-        "agent_id": "a",
-        "custom_metadata": {"name": "Ana"},
-        "custom_headers": {"shop": "Leeds"},
-        "config": {"voice": "low"},
-    }
+@cases(web.HTTPForbidden(), {}, 1)
+async def test_what_admit_returns_refuses(serve: Serve, returned: Any) -> None:
+    caller = await serve(Own(returned))
+    assert (await caller.status(ASKED, "/authorize"))[0] == 403
+    assert not caller.gemini.sessions
 
 
-async def test_what_admit_says_goes_before_what_the_page_says(
-    start: Start, api: Api
-) -> None:
-    class Namer(Agent):
-        async def admit(self, request: web.Request) -> Event:
-            page = await request.json()
-            return {"metadata": {"name": "Ana", "was": page["metadata"]["name"]}}
-
-    page = Page(await start(Namer(api.settings)))
-    assert await page.status({"agent_id": "a", "metadata": {"name": "Eve"}}) == 200
-    assert api.asked[0][1]["metadata"] == {"name": "Ana", "was": "Eve"}
+async def test_an_error_when_the_page_is_gone_is_told(serve: Serve) -> None:
+    caller = await serve(one := Own(waits_and_fails))
+    await caller.drop(until(lambda: one.events), ASKED, "/authorize")
+    await until(caller.log)
+    assert "POST '/authorize' failed: KeyError at test_agent.py:" in caller.log()[0]
 
 
-async def test_an_error_in_admit_is_a_500_that_the_page_can_read(
-    start: Start, api: Api, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Broken(Agent):
-        async def admit(self, request: web.Request) -> Event:
-            raise KeyError("secret words")
+# ---- The terminal --------------------------------------------------------------------
 
-    page = Page(await start(Broken(api.settings)))
-    async with page.ask(Origin="http://localhost") as response:
-        assert response.status == 500
-        assert "Access-Control-Allow-Origin" in response.headers
-    assert "KeyError at test_agent.py:" in logged(caplog)[0]
-    assert not api.asked and "secret" not in caplog.text
+CTRL_C, CTRL_D = b"\x03", b"\x04"
 
 
-async def test_another_agent_is_refused_with_another_reason(
-    start: Start, api: Api
-) -> None:
-    settings = replace(api.settings, layercode_agent_id="the one")
-    page = Page(await start(Agent(settings)))
-    assert await page.status({"agent_id": "the one"}) == 200
-    refused = await page.refused({"agent_id": "another"})
-    assert refused == (403, "agent_id is not LAYERCODE_AGENT_ID")
-    assert len(api.asked) == 1
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no pty")
+@cases(CTRL_C, CTRL_D)
+async def test_ctrl_c_interrupts_a_chat(serve: Serve, run: Run, bye: bytes) -> None:
+    url = (await serve(one := Own("Well."))).url + "/agent"
+    chat = await run("chat", url, pty=PTY, LAYERCODE_WEBHOOK_SECRET=SECRET)
+    assert chat.stdin and "Ctrl-C" in await printed(chat, "Well.\r\n> ")
+    one.pieces = ("Once upon ", DATA, forever)
+    chat.stdin.write(b"A story!\r")
+    await printed(chat, '[{"size": 9}]')
+    chat.stdin.write(CTRL_C)
+    await printed(chat, "\r\n> ")
+    one.pieces = ("Well.",)
+    chat.stdin.write(b"Stop!\r")
+    await printed(chat, "Well.\r\n> ")
+    chat.stdin.write(bye)
+    assert await end_of(chat) == (0, "")
+    _, story, stop = one.events
+    context = {**stop["interruption_context"]}
+    assert (context.pop("words_heard"), "interruption_context" in story) == (2, False)
+    assert report("Once upon ", story["turn_id"]) == {"interruption_context": context}
+    assert (story["text"], one.history[1].heard) == ("A story!", "Once upon ")
 
 
-async def test_without_an_agent_id_nobody_is_authorized(page: Page, api: Api) -> None:
-    refused = await page.refused({"metadata": {}})
-    assert refused == (400, "agent_id is missing or not a text")
-    assert not api.asked
+PIZZA = """
+from agent import Agent, main
+
+class Pizza(Agent):
+    persona = "You take orders for Luigi's Pizza in Leeds."
+
+    async def greet(self, event, history):
+        yield {"type": "response.data", "content": {"size": 9}}
+        yield "Hi \\x1b[31m" + event["custom_metadata"]["name"] + " \\U0001f355\\n"
+
+    async def reply(self, event, history):
+        if event["text"] == "Fail!":
+            raise KeyError("a message of " + event["custom_metadata"]["name"])
+        async for piece in super().reply(event, history):
+            yield piece
+        yield {"type": "response.hangup"}
+
+if __name__ == "__main__":
+    main(Pizza)
+"""
 
 
-async def test_a_page_may_not_send_more_than_64_kibibytes(page: Page, api: Api) -> None:
-    asked = {"agent_id": "a", "metadata": ""}
-    asked["metadata"] = "x" * (2**16 - len(json.dumps(asked)))
-    assert await page.status(asked) == 200
-    asked["metadata"] += "x"
-    assert await page.status(asked) == 413
-    assert len(api.asked) == 1
+async def test_a_chat_shows_what_an_agent_sends_and_adds_to_webhooks(run: Run) -> None:
+    ada = '{"custom_metadata": {"name": "Ada"}}'
+    chat = await run("chat", "--event", ada, code=PIZZA, PYTHONIOENCODING="cp1252")
+    said, errors = await chat.communicate(b"Fail!\nBye\nnever\n")
+    shown = said.decode("cp1252").splitlines()
+    assert shown[2:4] == ['[{"size": 9}]', "Hi [31mAda ?"]
+    assert f"> {APOLOGY}" in shown and shown[-1] == "(the agent hung up)"
+    assert "stand-in. You said 'Bye' and before that 'Fail!'. " in shown[-2]
+    assert b"KeyError: 'a message of Ada'" in errors and b" spoken " not in errors
+    assert chat.returncode == 0
 
 
-async def test_without_an_api_key_the_owner_is_told_and_not_the_visitor(
-    offline: Layercode,
-) -> None:
-    refused = await Page(offline).refused()
-    assert refused == (500, "LAYERCODE_API_KEY is not set")
+# ---- The command line ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("status", "told"), [(400, 400), (402, 402), (307, 502), (401, 502), (500, 502)]
+@cases(
+    (["chat", ""], 2, "the URL is empty"),
+    (["chat", "nonsense"], 1, "nonsense: unknown url type"),
+    (["chat", "{}/webhook"], 1, "404"),
+    (["chat", "{}/short"], 1, "no response.end"),
+    (["chat", "{}/rubbish"], 1, "{}/rubbish: "),
+    (["chat", "http://127.0.0.1:1"], 1, "http://127.0.0.1:1: "),
+    (["chat", "--event", "[1]"], 2, "JSON object"),
+    (["PORT=abc"], 1, "agent.py: PORT=abc is not a number"),
+    (["HOST=nope.invalid"], 1, "HOST=nope.invalid PORT=3000 cannot be listened on"),
+    (["PORT={port}"], 1, "PORT={port} cannot be listened on: "),
+    (["LOG_LEVEL=loud"], 1, "agent.py: LOG_LEVEL="),
 )
-async def test_the_page_learns_why_there_is_no_session_but_not_the_key(
-    page: Page, api: Api, status: int, told: int
+async def test_a_start_that_cannot_be_ends_with_one_line(
+    run: Run, aiohttp_server: AiohttpServer, words: list[str], status: int, told: str
 ) -> None:
-    api.status = status
-    api.answer = {"error": "bad\n\u00e9 key: API-KEY"}
-    reason = "bad key: ***" if told == status else f"Layercode answered {status}"
-    async with page.ask() as response:
-        assert (response.status, response.reason) == (told, reason)
-        assert "API-KEY" not in await response.text()
+    async def answer(request: web.Request) -> web.Response:
+        text = "data: {]\n\n" if request.path == "/rubbish" else ""
+        return web.Response(text=text, content_type="text/event-stream")
+
+    app = web.Application()
+    app.router.add_post("/{name:short|rubbish}", answer)
+    url = url_of(await aiohttp_server(app))
+    filled = "\n".join([told, *words]).replace("{}", url)
+    told, *asked = filled.replace("{port}", url.rpartition(":")[2]).split("\n")
+    settings = {"LAYERCODE_WEBHOOK_SECRET": SECRET}
+    settings |= dict(one.split("=") for one in asked if "=" in one)
+    process = await run(*[one for one in asked if "=" not in one], **settings)
+    ended, errors = await end_of(process)
+    *usage, last = errors.splitlines()
+    assert (ended, told in last, bool(usage)) == (status, True, status == 2)
 
 
-@pytest.mark.parametrize("answer", [["no"], "no", {"error": 5}, {}, None])
-async def test_a_400_that_says_nothing_is_not_the_visitor_s_fault(
-    page: Page, api: Api, answer: object
+@cases(*product([signal.SIGTERM, signal.SIGINT], [1, 2]))
+async def test_an_agent_of_one_s_own_is_served_interrupted_and_stopped(
+    caller: Caller, run: Run, unused_tcp_port: int, how: signal.Signals, times: int
 ) -> None:
-    api.status = 400
-    api.answer = answer
-    assert await page.refused() == (502, "Layercode answered 400")
+    settings = {"GOOGLE_GENERATIVE_AI_API_KEY": GEMINI_KEY, "LOG_LEVEL": "info"}
+    settings |= {"LAYERCODE_WEBHOOK_SECRET": SECRET, "PORT": str(unused_tcp_port)}
+    process = await run(code=PIZZA, **settings)
+    await printed(process, "Next: ")
+    caller.url = f"http://127.0.0.1:{unused_tcp_port}"
+    gemini = caller.gemini
+    gemini.scripts = [[forever], ["Once upon ", gate := Gate(), "a time."]]
+    await caller.drop(until(lambda: gemini.asked), caller.event("A salami, please."))
+    await gemini.until(open=0)
+    assert "Leeds" in gemini.asked[0]["systemInstruction"]["parts"][0]["text"]
+    async with caller.post(caller.event("A story!")) as response:
+        await caller.hear(response, "Once upon ")
+        process.send_signal(how)
+        await printed(process, "; once more stops at once.")
+        with pytest.raises(aiohttp.ClientConnectorError):
+            await caller.another().say()
+        if times == 2:
+            process.send_signal(how)
+        else:
+            gate.open()
+        rest = await response.text()
+    status, errors = await end_of(process)
+    assert (status, "Traceback" in errors) == (0, False)
+    assert ("a time." in rest, "response.end" in rest) == (times == 1, True)
+    outcome = "spoken" if times == 1 else "cut off by the stop"
+    assert re.search(f" INFO conversation='.*' turn='.*' {outcome} first_word=", errors)
 
 
-async def test_a_layercode_that_is_silent_away_or_endless_is_told(
-    page: Page,
-    api: Api,
-    start: Start,
-    monkeypatch: pytest.MonkeyPatch,
-    unused_tcp_port: int,
+async def test_it_serves_this_machine_only_and_says_what_is_not_configured(
+    run: Run, unused_tcp_port: int
 ) -> None:
-    url = f"http://127.0.0.1:{unused_tcp_port}"
-    away = await start(Agent(replace(api.settings, layercode_api_url=url)))
-    assert (await Page(away).refused())[0] == 502
-    api.endless = True
-    assert await page.refused() == (502, "Layercode's answer does not end")
-    api.stalls = True
-    monkeypatch.setattr(agent, "AUTHORIZE_PATIENCE", 0.1)
-    assert await page.refused() == (504, "Layercode did not answer within 0.1 s")
-
-
-async def test_no_visitor_gets_the_cookies_of_another(start: Start, api: Api) -> None:
-    # By name, because an address cannot set cookies.
-    url = api.settings.layercode_api_url.replace("127.0.0.1", "localhost")
-    page = Page(await start(Agent(replace(api.settings, layercode_api_url=url))))
-    assert [await page.status() for _ in range(2)] == [200, 200]
-    assert not api.cookies
-
-
-# ---- Connections ---------------------------------------------------------------------
-
-
-async def test_more_than_a_hundred_callers_are_answered_at_once(
-    caller: Layercode, gemini: Gemini
-) -> None:
-    more = asyncio.Event()
-    gemini.scripts = [[more, "Hi."] for _ in range(120)]
-    callers = [Layercode(caller.http, caller.url) for _ in range(120)]
-    calls = [asyncio.create_task(one.say("hi")) for one in callers]
-    await gemini.until(streams=120)
-    more.set()
-    assert await asyncio.gather(*calls) == ["Hi."] * 120
-
-
-async def test_a_call_needs_one_connection_which_is_there_before_the_first_caller(
-    start: Start, gemini: Gemini
-) -> None:
-    one = Agent(WITH_GEMINI)
-    caller = await start(one)
-    await connected(one, gemini, times=1)
-    for _ in range(5):
-        await caller.say("hello")
-    assert len(gemini.connections) == 1
-
-
-async def test_a_greeting_opens_a_connection_that_was_closed(
-    start: Start, gemini: Gemini
-) -> None:
-    one = Agent(WITH_GEMINI)
-    caller = await start(one)
-    await connected(one, gemini, times=1)
-    gemini.hang_up()
-    await caller.send(caller.event("session.start"))
-    await connected(one, gemini, times=2)
-    await caller.say("hello")
-    assert len(gemini.connections) == 2
-
-
-async def connected(one: Agent, gemini: Gemini, times: int) -> None:
-    """Waits until the agent has connected so often."""
-    await until(lambda: gemini.looked_up == times)
-    assert one.gemini is not None and one.gemini.warming_up is not None
-    await one.gemini.warming_up
-
-
-async def test_a_connection_is_free_for_the_next_question_when_an_answer_ends(
-    start: Start, gemini: Gemini, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agent, "STREAM_END_PATIENCE", 5)
-    one = Agent(WITH_GEMINI)
-    caller = await start(one)
-    await connected(one, gemini, times=1)
-    over = asyncio.Event()
-    gemini.scripts = [[chunk("Hi.", "STOP"), over, b""]]
-    async with caller.post(caller.event("message", text="hello")) as response:
-        await caller.hear(response, "Hi.")
-        over.set()
-        await response.read()
-    await caller.say("hello")
-    assert len(gemini.connections) == 1
-
-
-async def test_connections_to_gemini_end_with_the_agent(gemini: Gemini) -> None:
-    one = Agent(WITH_GEMINI)
-    async with one.connected():
-        await connected(one, gemini, times=1)
-    [connection] = gemini.connections
-    await until(lambda: connection is not None and connection.is_closing())
-
-
-async def test_connecting_goes_on_once_at_a_time_and_ends_with_the_agent(
-    gemini: Gemini, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agent, "WARM_UP_PATIENCE", 60)
-    gemini.refuses = Stall()
-    one = Agent(WITH_GEMINI)
-    async with (
-        asyncio.timeout(10),
-        aiohttp.ClientSession() as http,
-        served(one.make_app()) as url,
-    ):
-        caller = Layercode(http, url)
-        for _ in range(3):
-            await caller.send(caller.event("welcome"))
-        await until(lambda: gemini.looked_up)
-    assert one.gemini is not None and one.gemini.warming_up is not None
-    assert (gemini.looked_up, one.gemini.warming_up.done()) == (1, True)
-
-
-async def test_connecting_does_not_go_on_for_ever(
-    start: Start, gemini: Gemini, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agent, "WARM_UP_PATIENCE", 0.05)
-    gemini.refuses = Stall()
-    one = Agent(WITH_GEMINI)
-    await start(one)
-    async with asyncio.timeout(5):
-        await connected(one, gemini, times=1)
-
-
-async def test_a_wrong_key_is_told_before_the_first_caller(
-    start: Start, gemini: Gemini, caplog: pytest.LogCaptureFixture
-) -> None:
-    gemini.refuses = Status(400, "INVALID_ARGUMENT", reason="API_KEY_INVALID")
-    await start(Agent(WITH_GEMINI))
-    await until(lambda: logged(caplog))
-    [line] = logged(caplog)
-    assert line.startswith("Gemini will refuse to answer: ClientError 400")
-    assert line.endswith("API_KEY_INVALID") and GEMINI_KEY not in line
+    process = await run(PORT=str(unused_tcp_port), LAYERCODE_API_KEY=API_KEY)
+    said = await printed(process, f"http://localhost:{unused_tcp_port}\n")
+    assert said.startswith(f"Up: http://127.0.0.1:{unused_tcp_port}\n")
+    assert "LAYERCODE_WEBHOOK_SECRET is not set" in said and "aistudio" in said
+    assert "Everyone who reaches /authorize may start calls" in said
+    assert "admit()" in said and API_KEY not in said
+    with pytest.raises(ConnectionError):
+        socket.create_connection(("127.0.0.2", unused_tcp_port))
 
 
 # ---- Any history ---------------------------------------------------------------------
@@ -2667,130 +1401,94 @@ async def test_a_wrong_key_is_told_before_the_first_caller(
 
 @dataclass
 class Said:
-    """What was said in a turn, and what the caller heard of the answer."""
+    """What was said in a turn, what tools have done, and what the caller heard."""
 
     event: Event
     spoken: str
-    finished: bool
+    finished: bool = True
     heard: str | None = None
+    done: Sequence[str] = ()
 
-    def shown(self) -> list[tuple[str, str]]:
+    def shown(self) -> list[str]:
         """How Gemini should be shown the turn."""
-        user = self.event.get("text") or "(The caller says nothing.)"
         answer = self.spoken if self.heard is None else self.heard
-        if not answer:
-            return [("user", user)]
         if not self.finished or self.heard is not None:
-            answer += " [interrupted]"
-        return [("user", user), ("model", answer)]
+            answer = f"{answer} [interrupted]".lstrip() if answer or self.done else ""
+        user = self.event["text"]
+        if not user and (answer or self.done):
+            user = "(The caller says nothing.)"
+        return [text for text in (user, *self.done, answer) if text]
 
 
 class Play:
     """One conversation in which anything may happen, beside a plain model of it."""
 
-    def __init__(self, caller: Layercode, gemini: Gemini, seed: int) -> None:
+    def __init__(self, caller: Caller, seed: int) -> None:
         self.caller = caller
-        self.gemini = gemini
         self.dice = random.Random(seed)
         self.turns: list[Said] = []
-        self.streams: list[aiohttp.ClientResponse] = []
 
-    async def run(self) -> list[tuple[str, str]]:
+    async def run(self) -> list[str]:
         """Plays it; gives what Gemini should be shown at its end."""
-        steps = [
-            self.greeting,
-            self.silence,
-            self.message,
-            self.failure,
-            self.drop,
-            self.late_drop,
-            self.delivered_while_it_runs,
-            self.delivered_again,
-        ]
-        for _ in range(self.dice.randrange(1, 7)):
-            await self.dice.choice(steps)()
-        await self.caller.say("And now?")
-        for stream in self.streams:
-            stream.close()
-        shown = [pair for turn in self.turns for pair in turn.shown()]
-        return [*shown, ("user", "And now?")]
+        async with AsyncExitStack() as self.streams:
+            for _ in range(self.dice.randrange(1, 7)):
+                steps = [self.wordless, self.message, self.cut_off, self.cut_off]
+                await self.dice.choice([*steps, *[self.again] * bool(self.turns)])()
+            await self.caller.say("And now?")
+        return [*(text for turn in self.turns for text in turn.shown()), "And now?"]
 
-    def event(self, kind: str, **more: Any) -> Event:
+    def event(self, text: str | None) -> Event:
         """A webhook of a new turn, which may report what was heard of the last."""
-        more["session_id"] = f"session_{self.dice.random()}"
+        more = {}
         if self.turns and self.dice.random() < 0.4:
             last = self.turns[-1]
-            words_heard = self.dice.randrange(len(last.spoken) + 1)
-            last.heard = last.spoken[:words_heard]
-            more |= report(last.event, last.heard)
-        return self.caller.event(kind, **more)
+            last.heard = last.spoken[: self.dice.randrange(len(last.spoken) + 1)]
+            more = report(last.heard, self.dice.choice([None, last.event["turn_id"]]))
+        return self.caller.event(text, session_id=str(self.dice.random()), **more)
 
-    def message_event(self) -> Event:
-        return self.event("message", text=f"words {self.dice.random()}")
-
-    def script(self) -> list[Step]:
-        word = self.dice.choice(["So", "Well"])
-        return [f"{word}{number} " for number in range(3)]
-
-    async def greeting(self) -> None:
-        event = self.event(self.dice.choice(["welcome", "session.start"]))
-        self.turns.append(Said(event, await self.caller.send(event), finished=True))
-
-    async def silence(self) -> None:
-        event = self.event("message", text="")
-        self.turns.append(Said(event, await self.caller.send(event), finished=True))
+    async def wordless(self) -> None:
+        event = self.event(self.dice.choice([None, ""]))
+        self.turns.append(Said(event, await self.caller.send(event)))
 
     async def message(self) -> None:
-        await self.answered([], "")
+        calls, fails = self.dice.random() < 0.5, self.dice.random() < 0.3
+        script = [f"{self.dice.random()} ", "more ", *[CUT] * fails]
+        self.caller.gemini.scripts = [*[[[call("shows")]]] * calls, script]
+        event = self.event(f"words {self.dice.random()}")
+        done = ["calls shows", f"gives {json.dumps({'output': DATA})}"] * calls
+        self.turns.append(Said(event, await self.caller.send(event), done=done))
+        assert self.turns[-1].spoken == f"{script[0]}more " + f" {APOLOGY}" * fails
 
-    async def failure(self) -> None:
-        await self.answered([Cut()], " " + Agent.apology)
-
-    async def answered(self, then: list[Step], apology: str) -> None:
-        script = self.script()
-        self.gemini.scripts = [[*script, *then]]
-        event = self.message_event()
-        spoken = await self.caller.send(event)
-        assert spoken == "".join(map(str, script)) + apology
-        self.turns.append(Said(event, spoken, finished=True))
-
-    async def late_drop(self) -> None:
-        """The next webhook comes before the dropped connection is noticed."""
-        script = self.script()
-        self.gemini.scripts = [[*script, Stall()]]
-        event = self.message_event()
-        stream = await self.caller.post(event)
-        self.streams.append(stream)
-        spoken = await self.caller.hear(stream, str(script[-1]))
+    async def cut_off(self) -> None:
+        script = self.dice.choice([[], [f"{self.dice.random()} ", "more "]])
+        self.caller.gemini.scripts = [[*script, gate := Gate()]]
+        event = self.event(f"words {self.dice.random()}")
+        stream = await self.streams.enter_async_context(self.caller.post(event))
+        await gate.reached.wait()
+        spoken = await self.caller.hear(stream, "more " if script else "")
         self.turns.append(Said(event, spoken, finished=False))
+        # Or later, when the next webhook is on its way.
+        if self.dice.random() < 0.5:
+            stream.close()
 
-    async def drop(self) -> None:
-        await self.late_drop()
-        self.streams[-1].close()
-
-    async def delivered_while_it_runs(self) -> None:
-        await self.late_drop()
-        self.turns[-1].spoken = await self.caller.send(self.turns[-1].event)
-        self.turns[-1].finished = True
-
-    async def delivered_again(self) -> None:
-        if not self.turns:
-            return
-        turn = self.dice.choice(self.turns)
+    async def again(self) -> None:
+        """An older turn may cut off the last one, but changes nothing of it."""
+        turn = self.dice.choice(self.turns[-2:])
         spoken = await self.caller.send(turn.event)
         if not turn.finished and turn is self.turns[-1]:
-            turn.spoken = spoken
-            turn.finished = True
+            turn.spoken, turn.finished = spoken, True
         assert spoken == turn.spoken
 
 
-@pytest.mark.parametrize("store", [Histories, Ledger])
-async def test_gemini_is_sent_what_was_said_and_heard_whatever_happened(
-    start: Start, gemini: Gemini, store: type[Histories]
-) -> None:
-    caller = await start(Agent(WITH_GEMINI, store()))
+@cases(Histories, Store)
+async def test_gemini_is_shown_what_was_said_and_heard(serve: Serve, kind: Any) -> None:
+    tools = [returns("shows", DATA)]
+    caller = await serve(Own(histories=kind(), given=tools))
     seed = int(os.environ.get("SEED", time.time()))
+    tasks = []
     for number in range(seed, seed + 40):
-        one = Layercode(caller.http, caller.url)
-        wanted = await Play(one, gemini, number).run()
-        assert gemini.heard() == wanted, f"SEED={number}"
+        wanted = await Play(caller.another(), number).run()
+        assert caller.gemini.shown() == wanted, f"SEED={number}"
+        await caller.gemini.until(open=0)
+        tasks.append(len(asyncio.all_tasks()))
+    await until(lambda: len(asyncio.all_tasks()) <= max(tasks[:10]))

@@ -22,9 +22,6 @@ import recipes
 from aiohttp import web
 from ports import free_port
 
-for draft in Path(__file__).parent.glob("draft/README.md"):  # Until README.md has it.
-    recipes.README = draft
-
 PATIENCE = 20  # Seconds that anything may take on a machine that is busy.
 # Chromium has a fake microphone and, because there is nothing but this machine, no CDN.
 MICROPHONE = ["use-fake-device-for-media-stream", "use-fake-ui-for-media-stream"]
@@ -302,8 +299,8 @@ talk(Pizza)
 def pizza(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL at which one talks to a pizzeria."""
     file = tmp_path_factory.mktemp("pizza") / "pizza.py"
-    file.write_text(PIZZA)
     recipes.save("talk.py", file.parent)
+    file.write_text(PIZZA)
     settings = {"PORT": str(free_port()), "HOST": "0.0.0.0", "LAYERCODE_API_KEY": "KEY"}
     with running(sys.executable, str(file), "http://127.0.0.1", **settings):
         yield f"http://127.0.0.1:{settings['PORT']}"
