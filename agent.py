@@ -98,8 +98,8 @@ TOOL_PATIENCE = 5.0
 FILLER_AFTER = 1.2
 # How often Gemini may call tools in one answer before it has to speak.
 MAX_ROUNDS = 5
-# Seconds in which more may follow Gemini's finish reason: gateways give one with
-# each chunk.
+# Seconds in which more may follow Gemini's finish reason: gateways give one
+# with each chunk.
 STREAM_END_PATIENCE = 0.1
 # Seconds that Gemini may take to accept a connection ahead of a question.
 WARM_UP_PATIENCE = 10.0
@@ -115,12 +115,15 @@ BODY_PATIENCE = 5.0
 AUTHORIZE_PATIENCE = 10.0
 # Seconds that `chat` waits for each next part of an answer.
 CHAT_PATIENCE = 30.0
-# Seconds that calls may go on for at a stop. To cut off the rest takes 1 more, and
-# aiohttp's shutdown_timeout twice: less than the 10 that `docker stop` waits.
+# Seconds that calls may go on for at a stop. To cut off the rest takes 1 more,
+# and aiohttp's shutdown_timeout twice: less than the 10 that `docker stop`
+# waits.
 GRACE = 5.0
-# Seconds that a signature's timestamp may be off, as in Layercode's Node SDK 1.2.1.
+# Seconds that a signature's timestamp may be off, as in Layercode's Node SDK
+# 1.2.1.
 TOLERANCE = 300
-# Bytes of a webhook, which may hold a transcript, and of an answer of Layercode's.
+# Bytes of a webhook, which may hold a transcript, and of an answer of
+# Layercode's.
 MAX_BODY = 2**20
 # Bytes of what a page sends: every caller waits while it is parsed.
 MAX_PAGE = 2**16
@@ -141,7 +144,8 @@ RUNNER_OPTIONS: dict[str, Any] = {
     "keepalive_timeout": 120,
     # Seconds to wait for the rest of a body after the request was answered.
     "lingering_time": 2,
-    # Seconds that aiohttp waits, twice, for requests in flight after Agent.stop().
+    # Seconds that aiohttp waits, twice, for requests in flight after
+    # Agent.stop().
     "shutdown_timeout": 1,
     "access_log": None,
 }
@@ -157,8 +161,8 @@ class SettingsError(ValueError):
 class Settings:
     """The variables of .env.example, each as a field of the same name.
 
-    A subclass with more fields has more settings: give what its load() returns to
-    Agent.__init__(). A field is a text or a number, as its default is.
+    A subclass with more fields has more settings: give what its load() returns
+    to Agent.__init__(). A field is a text or a number, as its default is.
     """
 
     layercode_webhook_secret: str = dataclasses.field(default="", repr=False)
@@ -199,7 +203,8 @@ class Settings:
 def read_dotenv(file: Path) -> dict[str, str]:
     """The lines of NAME=value in a .env file, if there is one. Raises SettingsError.
 
-    A value may stand in quotes. A # begins a comment at the start or after a space.
+    A value may stand in quotes. A # begins a comment at the start or after a
+    space.
     """
     variables = {}
     try:
@@ -220,8 +225,9 @@ def read_dotenv(file: Path) -> dict[str, str]:
 class Agent:
     """A voice agent. Make it yours in a subclass: override its words and its methods.
 
-    `settings` and `histories` are what it was made with. While it serves, `http` is an
-    aiohttp session for your own requests, and `gemini` is set if there is a key.
+    `settings` and `histories` are what it was made with. While it serves,
+    `http` is an aiohttp session for your own requests, and `gemini` is set if
+    there is a key.
     """
 
     persona = "You're a friendly voice assistant on a call."
@@ -238,8 +244,8 @@ class Agent:
     apology = "Sorry, I didn't get that. Could you say it again?"
     # For tools that take long while nothing has been said.
     filler = "One moment, please."
-    # Seconds without a next piece of an answer before the caller hears the apology.
-    # Here and below, float("inf") means never.
+    # Seconds without a next piece of an answer before the caller hears the
+    # apology. Here and below, float("inf") means never.
     patience = 8.0
     # Seconds after which a model that has said nothing is asked a second time.
     ask_again_after = 2.5
@@ -252,7 +258,8 @@ class Agent:
         self.settings = Settings.load() if settings is None else settings
         self.histories = Histories() if histories is None else histories
         self.gemini: Gemini | None = None
-        # Replies, notices and tools, held because asyncio lets go of its tasks.
+        # Replies, notices and tools, held because asyncio lets go of its
+        # tasks.
         self.tasks: set[asyncio.Task[Any]] = set()
         # By conversation, the reply that came last.
         self.replies: dict[str, asyncio.Task[web.StreamResponse]] = {}
@@ -263,8 +270,9 @@ class Agent:
     async def greet(self, event: Event, history: list[Turn]) -> Speech:
         """Yields what is said when a call begins; if nothing, the caller speaks first.
 
-        `event` is the webhook, with your custom_metadata, the page's metadata, or the
-        caller's from_phone_number. `history` ends with this turn, still without words.
+        `event` is the webhook, with your custom_metadata, the page's metadata,
+        or the caller's from_phone_number. `history` ends with this turn, still
+        without words.
         """
         has_spoken = any(turn.user for turn in history)
         yield self.welcome_back if has_spoken else self.greeting
@@ -272,11 +280,11 @@ class Agent:
     def reply(self, event: Event, history: list[Turn]) -> Speech:
         """The answer to the last turn; yours is an async def that yields.
 
-        A str is spoken the moment it is yielded; a dict is an event for Layercode,
-        such as {"type": "response.data", "content": ...} for the page. When the caller
-        interrupts, it is cancelled: let CancelledError pass. If it raises anything
-        else, yields nothing at all, or nothing for `patience` seconds, the caller hears
-        the apology.
+        A str is spoken the moment it is yielded; a dict is an event for
+        Layercode, such as {"type": "response.data", "content": ...} for the
+        page. When the caller interrupts, it is cancelled: let CancelledError
+        pass. If it raises anything else, yields nothing at all, or nothing for
+        `patience` seconds, the caller hears the apology.
         """
         if self.gemini is None:
             return stand_in(history)
@@ -285,30 +293,33 @@ class Agent:
     def tools(self, event: Event) -> Sequence[Tool]:
         """The functions that Gemini may call while it answers a webhook.
 
-        It is told their names, docstrings and parameters, whose types are what they are
-        called with. A sync one runs in a thread, an async one must not block; they have
-        TOOL_PATIENCE seconds, and go on when the caller interrupts. Gemini is told what
-        they return; {"type": "response.data", "content": ...} goes to the page as well,
-        and {"type": "response.hangup"} ends the call after the last word.
+        It is told their names, docstrings and parameters, whose types are what
+        they are called with. A sync one runs in a thread, an async one must
+        not block; they have TOOL_PATIENCE seconds, and go on when the caller
+        interrupts. Gemini is told what they return; {"type": "response.data",
+        "content": ...} goes to the page as well, and {"type":
+        "response.hangup"} ends the call after the last word.
         """
         return []
 
     async def notice(self, event: Event) -> Event | None:
         """Takes a webhook that asks for no speech; returns the answer, if there is one.
 
-        That is `data`, `session.update`, `session.end`, a `session.start` without a
-        turn_id, or a type not known yet; it may come twice. It has NOTICE_PATIENCE
-        seconds. An answer of type response.data is delivered to the page.
+        That is `data`, `session.update`, `session.end`, a `session.start`
+        without a turn_id, or a type not known yet; it may come twice. It has
+        NOTICE_PATIENCE seconds. An answer of type response.data is delivered
+        to the page.
         """
         return None
 
     async def admit(self, request: web.Request, session: Event) -> object:
         """Decides who may call: raise web.HTTPForbidden(reason="...") to refuse.
 
-        `session` is what Layercode will be told; of the page's own words it has only
-        agent_id, conversation_id, metadata and sdk_version. Add custom_metadata, which
-        comes with every webhook of the call, custom_headers, or config: visitors
-        cannot. Whatever is returned, other than None, refuses as well.
+        `session` is what Layercode will be told; of the page's own words it
+        has only agent_id, conversation_id, metadata and sdk_version. Add
+        custom_metadata, which comes with every webhook of the call,
+        custom_headers, or config: visitors cannot. Whatever is returned, other
+        than None, refuses as well.
         """
         return None
 
@@ -320,10 +331,11 @@ class Agent:
     ) -> Stream[Chunk, None]:
         """Gemini's answer to the last turn of the history, as google-genai's chunks.
 
-        `config` is google-genai's, and goes before the defaults here, but functions in
-        it are never called: see tools(). If no chunk has_words(), Gemini is asked once
-        more: see ask_twice(). Use it with contextlib.aclosing(), so that a hang-up ends
-        it. Raises ModelError, aiohttp's errors, and RuntimeError without a key.
+        `config` is google-genai's, and goes before the defaults here, but
+        functions in it are never called: see tools(). If no chunk has_words(),
+        Gemini is asked once more: see ask_twice(). Use it with
+        contextlib.aclosing(), so that a hang-up ends it. Raises ModelError,
+        aiohttp's errors, and RuntimeError without a key.
         """
         gemini = self.gemini
         if gemini is None:
@@ -357,7 +369,8 @@ class Agent:
         )
         # Cookies for one visitor must not reach the next.
         jar = aiohttp.DummyCookieJar()
-        # Left on, it would look into ~/.netrc at each request, for a fifth of the time.
+        # Left on, it would look into ~/.netrc at each request, for a fifth of
+        # the time.
         has_proxy = bool(urllib.request.getproxies())
         session = aiohttp.ClientSession(
             connector=connector, cookie_jar=jar, trust_env=has_proxy
@@ -398,8 +411,8 @@ def cut_off(task: asyncio.Task[Any]) -> None:
 def is_cut_off() -> bool:
     """Whether the task that runs now was cancelled.
 
-    A CancelledError alone does not tell: it may come from a look-up that two callers
-    share, of whom the other one has hung up.
+    A CancelledError alone does not tell: it may come from a look-up that two
+    callers share, of whom the other one has hung up.
     """
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
@@ -418,7 +431,8 @@ class Turn:
     spoken: str = ""
     # False while it is spoken, if it was cut off, and if its process died.
     finished: bool = False
-    # What the caller heard of an answer they interrupted, if Layercode has told.
+    # What the caller heard of an answer they interrupted, if Layercode has
+    # told.
     heard: str | None = None
     # The calls of tools and what they gave, as contents for the model.
     done: Sequence[Event] = ()
@@ -435,9 +449,10 @@ class Turn:
 class Histories:
     """What was said in each conversation, in memory.
 
-    A store of your own overrides both methods; load() must show what was recorded
-    before. If they fail before an answer, or take longer than Agent.patience, the
-    caller hears the apology; after it, or when a tool runs, only the log tells.
+    A store of your own overrides both methods; load() must show what was
+    recorded before. If they fail before an answer, or take longer than
+    Agent.patience, the caller hears the apology; after it, or when a tool
+    runs, only the log tells.
     """
 
     def __init__(self) -> None:
@@ -451,9 +466,10 @@ class Histories:
     async def record(self, conversation: str, turn_id: str, **facts: Any) -> None:
         """Sets fields of a Turn, which is a new one if its turn_id is new.
 
-        `user` is recorded before the model is asked, `done` before tools begin and when
-        they have ended, `user`, `spoken` and `finished` when the answer is over or cut
-        off, `heard` or `finished` when a later webhook reports an interruption.
+        `user` is recorded before the model is asked, `done` before tools begin
+        and when they have ended, `user`, `spoken` and `finished` when the
+        answer is over or cut off, `heard` or `finished` when a later webhook
+        reports an interruption.
         """
         turns = self._conversations.pop(conversation, {})
         turns[turn_id] = dataclasses.replace(turns.get(turn_id, Turn()), **facts)
@@ -467,8 +483,8 @@ class Histories:
 def contents(history: list[Turn]) -> list[Event]:
     """What Gemini is sent of a history, whose last turn is the one to answer.
 
-    The caller and the model take turns, and the caller comes first and last. Of an
-    answer that was interrupted, it has what the caller heard.
+    The caller and the model take turns, and the caller comes first and last.
+    Of an answer that was interrupted, it has what the caller heard.
     """
     said: list[Event] = []
     for turn in history:
@@ -568,7 +584,8 @@ class Server:
             reason = "wrong signature: is LAYERCODE_WEBHOOK_SECRET this agent's?"
             raise web.HTTPUnauthorized(reason=reason)
         event = parse(body)
-        # The oldest webhooks have no conversation_id: there, the session is it.
+        # The oldest webhooks have no conversation_id: there, the session is
+        # it.
         event["conversation_id"] = text_of(event, "conversation_id", "session_id")
         kind = text_of(event, "type")
         # A session.start without a turn_id is a mere notice.
@@ -577,8 +594,9 @@ class Server:
             # In a task, because Layercode may not wait for the answer.
             name = f"conversation={event['conversation_id']!r} {kind!r}"
             return await asyncio.shield(self.agent.start(self.notice(event), name))
-        # Arrival decides: nothing waits between here and the start of the reply's task,
-        # so each reply knows the one before it, whatever a store takes.
+        # Arrival decides: nothing waits between here and the start of the
+        # reply's task, so each reply knows the one before it, whatever a store
+        # takes.
         task = Reply(self.agent, request, event).task
         try:
             return await asyncio.shield(task)
@@ -679,14 +697,15 @@ def reason_of(status: int, body: bytes) -> str:
 class Reply:
     """An answer on its way to Layercode.
 
-    The whole story of an interruption: the caller speaks, so Layercode drops the
-    connection. aiohttp then cancels the handler (handler_cancellation), and that cuts
-    off the reply's task, wherever it waits. This closes the agent's reply() and, in it,
-    the stream from Gemini; tools that have begun go on. What was spoken is recorded as
-    not finished. The caller's next webhook tells how much was heard; that is recorded,
-    and the model is shown those words and [interrupted]. If that webhook comes before
-    the dropped connection is noticed, its reply cuts this one off, and waits until it
-    is recorded. If the answer was already written, only the report comes.
+    The whole story of an interruption: the caller speaks, so Layercode drops
+    the connection. aiohttp then cancels the handler (handler_cancellation),
+    and that cuts off the reply's task, wherever it waits. This closes the
+    agent's reply() and, in it, the stream from Gemini; tools that have begun
+    go on. What was spoken is recorded as not finished. The caller's next
+    webhook tells how much was heard; that is recorded, and the model is shown
+    those words and [interrupted]. If that webhook comes before the dropped
+    connection is noticed, its reply cuts this one off, and waits until it is
+    recorded. If the answer was already written, only the report comes.
     """
 
     def __init__(self, agent: Agent, request: web.Request, event: Event) -> None:
@@ -743,7 +762,8 @@ class Reply:
             await self.response.prepare(self.request)
             await self.say_all()
         except BaseException as error:
-            # A reply that is cut off says nothing more, whatever its code raises.
+            # A reply that is cut off says nothing more, whatever its code
+            # raises.
             if not is_cut_off():
                 outcome = f"failed: {cause(error)}"
                 await self.apologize(error)
@@ -767,7 +787,8 @@ class Reply:
                         if is_cut_off():
                             raise asyncio.CancelledError
                         await self.say(piece)
-                        # However many come at once, other callers are served between.
+                        # However many come at once, other callers are served
+                        # between.
                         await asyncio.sleep(0)
                         wait.reschedule(loop.time() + patience)
         except TimeoutError as error:
@@ -782,11 +803,12 @@ class Reply:
     async def begin(self) -> Speech:
         """Records what the webhook tells, and returns what is to be said.
 
-        It waits until the reply before this one is over. It records before the model is
-        asked, so that no word of the caller's gets lost. A webhook may be delivered
-        twice. If its turn is finished, or a later one has begun, the same words are
-        spoken again, without other events, and nothing changes. Otherwise the turn gets
-        a new answer, once the tools that it has called are over.
+        It waits until the reply before this one is over. It records before the
+        model is asked, so that no word of the caller's gets lost. A webhook
+        may be delivered twice. If its turn is finished, or a later one has
+        begun, the same words are spoken again, without other events, and
+        nothing changes. Otherwise the turn gets a new answer, once the tools
+        that it has called are over.
         """
         if self.earlier is not None:
             cut_off(self.earlier)
@@ -834,7 +856,8 @@ class Reply:
             # Where the greeting is empty, the caller speaks first.
             self.has_answered = True
             if self.agent.gemini is not None:
-                # While the caller listens, a connection opens for the first reply.
+                # While the caller listens, a connection opens for the first
+                # reply.
                 self.agent.start(self.agent.gemini.warm_up(), name_of_task())
         elif not self.turn.user:
             return say_once(self.agent.apology)
@@ -953,7 +976,8 @@ def parse(body: bytes) -> Event:
     event: object = None
     with contextlib.suppress(ValueError, RecursionError):
         event = json.loads(body.decode(errors="replace"))
-        # JSON can spell half of a character, such as \ud83d, which nothing can encode.
+        # JSON can spell half of a character, such as \ud83d, which nothing can
+        # encode.
         event = json.loads(clean(json.dumps(event, ensure_ascii=False)))
     if not isinstance(event, dict):
         raise web.HTTPBadRequest(reason="the body is not a JSON object")
@@ -977,8 +1001,8 @@ def text_of(event: Event, name: str, older_name: str = "") -> str:
 
 # ---- What is read aloud --------------------------------------------------------------
 
-# What would be read aloud, or not understood: Markdown's marks, and the mark of an
-# interruption, which models copy. Arithmetic stays: 2*3, 5 * 3, 2**3.
+# What would be read aloud, or not understood: Markdown's marks, and the mark
+# of an interruption, which models copy. Arithmetic stays: 2*3, 5 * 3, 2**3.
 MARKS = re.compile(
     # At the start of a line: a heading, a quotation, a list.
     r"(?!\A)(?:(?<=\n)[ \t]*(?:#{1,6} |> ?|[-*+] )"
@@ -1031,9 +1055,9 @@ def sign(body: bytes, secret: str, timestamp: str = "") -> str:
 def verify(header: str, body: bytes, secret: str) -> bool:
     """Whether the header signs the body, and did so within TOLERANCE seconds.
 
-    The body is the bytes as they were received: the same JSON, parsed and written
-    again, may have other bytes. While a secret is being rotated, there are several v1
-    signatures, of which one must be right.
+    The body is the bytes as they were received: the same JSON, parsed and
+    written again, may have other bytes. While a secret is being rotated, there
+    are several v1 signatures, of which one must be right.
     """
     timestamp = signed_at(header)
     # Bytes: compare_digest() refuses to compare a text that is not ASCII.
@@ -1079,10 +1103,10 @@ async def ask_twice(
 ) -> Stream[T, None]:
     """Yields what ask() yields, and calls ask() once more if no word has come.
 
-    That is after ask_again_after seconds without a piece that has_words(), or at
-    once when the first request fails. The two then race, so that a model that is
-    always slow is not made slower; the first to speak wins, and the other one is
-    cancelled. If both fail, raises the error of the second.
+    That is after ask_again_after seconds without a piece that has_words(), or
+    at once when the first request fails. The two then race, so that a model
+    that is always slow is not made slower; the first to speak wins, and the
+    other one is cancelled. If both fail, raises the error of the second.
     """
     async with contextlib.AsyncExitStack() as requests:
 
@@ -1159,8 +1183,9 @@ class Gemini:
 
     def request(self, said: list[Event], instruction: str, config: Config) -> Config:
         """A request, as google-genai's config; what `config` says goes first."""
-        # Every caller waits while google-genai builds contents: 0.25 ms a message. An
-        # extra_body is only merged, 40 turns in 1.5 ms, over the empty contents.
+        # Every caller waits while google-genai builds contents: 0.25 ms a
+        # message. An extra_body is only merged, 40 turns in 1.5 ms, over the
+        # empty contents.
         body: Event = {"contents": said}
         if "system_instruction" not in config:
             body["systemInstruction"] = {"parts": [{"text": instruction}]}
@@ -1181,9 +1206,9 @@ class Gemini:
     async def ask(self, request: Config) -> Stream[Chunk, None]:
         """Asks once and yields Gemini's chunks, up to the end of the answer.
 
-        What follows the finish reason within STREAM_END_PATIENCE belongs to the answer.
-        Raises ModelError for one that is blocked or incomplete, and for Gemini's own
-        errors; aiohttp's errors pass.
+        What follows the finish reason within STREAM_END_PATIENCE belongs to
+        the answer. Raises ModelError for one that is blocked or incomplete,
+        and for Gemini's own errors; aiohttp's errors pass.
         """
         patience = None
         try:
@@ -1245,14 +1270,16 @@ def is_last(chunk: Chunk) -> bool:
 async def let_go(chunks: AsyncIterator[Chunk]) -> None:
     """Makes google-genai release the connection of a stream, wherever it is.
 
-    One that is only closed keeps it until the garbage collector comes; one that is
-    cancelled while it is read closes it at once: googleapis/python-genai, issue 2425.
+    One that is only closed keeps it until the garbage collector comes; one
+    that is cancelled while it is read closes it at once:
+    googleapis/python-genai, issue 2425.
     """
     with contextlib.suppress(Exception):
         while True:
             async with asyncio.timeout(0):
                 await anext(chunks)
-            # What has come is only parsed: that, too, makes other callers wait.
+            # What has come is only parsed: that, too, makes other callers
+            # wait.
             await asyncio.sleep(0)
 
 
@@ -1452,8 +1479,8 @@ def state_of(call: Event, state: str) -> Event:
 async def in_thread(function: Callable[[], T]) -> T:
     """What a blocking function returns, from a thread of its own; raises its errors.
 
-    The thread is a daemon, for which Python does not wait before it ends; and one that
-    hangs holds up no other, as in asyncio.to_thread(), which has few.
+    The thread is a daemon, for which Python does not wait before it ends; and
+    one that hangs holds up no other, as in asyncio.to_thread(), which has few.
     """
     outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
     # From here on nobody can cancel it, so that it may always be set.
@@ -1483,8 +1510,8 @@ def name_of_task() -> str:
 def cause(error: BaseException) -> str:
     """What the log says of an error: its type and place, or a LoggedError's message.
 
-    The message of another may hold a key, or what a caller said: it is logged only if
-    LOG_LEVEL is DEBUG, and in `chat`.
+    The message of another may hold a key, or what a caller said: it is logged
+    only if LOG_LEVEL is DEBUG, and in `chat`.
     """
     told = "".join(traceback.format_exception(error, chain=False))
     details.debug("%s\n%s", name_of_task(), told)
@@ -1645,8 +1672,9 @@ def serve(agent: Agent) -> None:
     settings = agent.settings
 
     def when_up(_: str) -> None:
-        # aiohttp calls this once it listens. google-genai's 100,000 objects are here to
-        # stay: whenever the collector looked at them, every caller would wait 60 ms.
+        # aiohttp calls this once it listens. google-genai's 100,000 objects
+        # are here to stay: whenever the collector looked at them, every caller
+        # would wait 60 ms.
         gc.freeze()
         print(f"Up: http://{settings.host}:{settings.port}")
         for name, why in MISSING.items():
@@ -1668,7 +1696,8 @@ def serve(agent: Agent) -> None:
                 loop = asyncio.get_running_loop()
                 loop.add_signal_handler(one, agent.cut_all_off)
 
-    # Before the agent starts, so that its own errors are not taken for this one.
+    # Before the agent starts, so that its own errors are not taken for this
+    # one.
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         at = (settings.host, settings.port)
@@ -1689,8 +1718,8 @@ def serve(agent: Agent) -> None:
 def main(agent: type[Agent] = Agent) -> None:
     """Serves the agent, or chats with it, as the command line says.
 
-    A wrong setting, a webhook that cannot be called, and an address that cannot be
-    listened on end it with one line and status 1.
+    A wrong setting, a webhook that cannot be called, and an address that
+    cannot be listened on end it with one line and status 1.
     """
     parser = argparse.ArgumentParser(description="Serves a Layercode voice agent.")
     parser.add_argument("command", nargs="?", choices=["chat"], help="talk to it here")
