@@ -86,7 +86,7 @@ def main() -> None:
     # For agent.py, where it stands: the goal is 1,150 lines, 800 of them code, half of
     # them within 48 columns; for .ci, it is 2,500 lines.
     figures: list[tuple[str, float, float]] = [
-        ("agent.py, lines", count_lines("agent.py"), 1750),
+        ("agent.py, lines", count_lines("agent.py"), 1770),
         ("agent.py, lines of code", count_code(AGENT), 1140),
         ("agent.py, columns of half of the lines", widths[len(widths) // 2], 50),
         ("agent.py, columns of nine in ten", widths[len(widths) * 9 // 10], 80),
