@@ -1676,6 +1676,9 @@ def serve(agent: Agent) -> None:
         # are here to stay: whenever the collector looked at them, every caller
         # would wait 60 ms.
         gc.freeze()
+        # aiohttp's own queue of 128 is short beside a flood of strangers: a
+        # caller who finds it full tries again after a second.
+        listener.listen(1024)
         print(f"Up: http://{settings.host}:{settings.port}")
         for name, why in MISSING.items():
             if not getattr(settings, name):
