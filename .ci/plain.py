@@ -98,7 +98,7 @@ def main() -> None:
         ("README.md, lines of talk.py", max(talk, default=0), 140),
         ("README.md, lines of the longest other", max(others), 80),
         ("test_agent.py, lines", count_lines("test_agent.py"), 1500),
-        (".ci, lines of all files", count_lines(*tracked(".ci")), 2600),
+        (".ci, lines of all files", count_lines(*tracked(".ci")), 2850),
     ]
     for name, figure, ceiling in figures:
         verdict = "over" if figure > ceiling else ""

@@ -1,0 +1,246 @@
+"""What few can get wrong in a copy of agent.py: tests beside those of test_agent.py."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+
+import aiohttp.web as web
+import certifi
+import pytest
+
+import agent
+from test_agent import (
+    API_KEY,
+    APOLOGY,
+    ASKED,
+    GEMINI_KEY,
+    NEVER,
+    OFFLINE,
+    SECRET,
+    SETTINGS,
+    SURE,
+    Agent,
+    Any,
+    Caller,
+    Event,
+    Gate,
+    Gemini,
+    Histories,
+    Own,
+    Patch,
+    Path,
+    Run,
+    Serve,
+    Turn,
+    call,
+    cases,
+    end_of,
+    partial,
+    printed,
+    refusal,
+    replace,
+    suppress,
+    until,
+)
+
+
+async def test_reply_can_be_called_without_a_server_or_a_key() -> None:
+    history = [Turn(text) for text in ("one", "two", "three", "four")]
+    said = "".join([str(piece) async for piece in Agent(OFFLINE).reply({}, history)])
+    assert "'four' and before that 'three' and before that 'two'. Set GOOGLE" in said
+    with pytest.raises(RuntimeError, match="GOOGLE_GENERATIVE_AI_API_KEY"):
+        await anext(Agent(OFFLINE).ask(history))
+
+
+async def test_ask_takes_a_config_but_calls_no_function(serve: Serve) -> None:
+    def order() -> None:
+        called.append("order")
+
+    async def ask() -> None:
+        called.extend([chunk async for chunk in one.ask([Turn("hello")], config)])
+
+    called: list[Any] = []
+    more = {"headers": {"x-shop": "Leeds"}, "extra_body": {"labels": {"a": "b"}}}
+    config: Any = {"system_instruction": "Be brief.", "http_options": more}
+    config |= {"thinking_config": {"thinking_budget": 7}, "tools": [order]}
+    config |= {"automatic_function_calling": {"disable": False}}
+    one = Own(ask, settings=replace(SETTINGS, gemini_thinking="low"))
+    # A call of a tool is as good as a word: nothing is asked again.
+    caller = await serve(one, [[[call("order")]]])
+    await caller.say()
+    [asked] = caller.gemini.asked
+    assert len(called) > 1 and "order" not in called and asked["labels"] == {"a": "b"}
+    assert asked["systemInstruction"]["parts"] == [{"text": "Be brief."}]
+    assert asked["generationConfig"] == {"thinkingConfig": {"thinking_budget": 7}}
+    assert caller.gemini.requests[-1].headers["x-shop"] == "Leeds"
+
+
+async def test_debug_tells_an_error_s_message(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    caller = await serve(Own(partial(int, "a message")))
+    for level, told in (("INFO", [False, False]), ("DEBUG", [True, True])):
+        caplog.set_level(level, "agent")
+        await caller.say("hello")
+        assert [text in caplog.text for text in ("Traceback", "a message")] == told
+
+
+async def test_memory_is_bounded(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(agent, "MAX_CONVERSATIONS", 3)
+    histories = Histories()
+    for number in range(120):
+        await histories.record("a", str(number), user="hello")
+        await histories.record("a", str(number), finished=True)
+    assert list(await histories.load("a")) == [str(number) for number in range(70, 120)]
+    for conversation in ("b", "c", "a", "d"):
+        await histories.record(conversation, "a turn", user="hello")
+    assert [one for one in "abcd" if await histories.load(one)] == ["a", "c", "d"]
+
+
+async def test_a_method_that_does_not_yield_is_told_by_its_name(serve: Serve) -> None:
+    class Wrong(Agent):
+        async def greet(self, event: Event, history: list[Turn]) -> Any:  # type: ignore[override]
+            return "Hello"
+
+        def reply(self, event: Event, history: list[Turn]) -> Any:
+            return "Hello"
+
+    caller = await serve(Wrong(SETTINGS))
+    assert [await caller.say(), await caller.say("hi")] == [APOLOGY, APOLOGY]
+    for line, method in zip(caller.log(), ("greet", "reply"), strict=True):
+        assert f" failed: Wrong.{method}() must be an async def that yields" in line
+
+
+async def test_many_pieces_at_once_keep_nobody_waiting(serve: Serve) -> None:
+    caller = await serve(one := Own(*[""] * 20_000, "Done."))
+    answer = asyncio.create_task(caller.say("hello"))
+    await until(lambda: one.events)
+    other = asyncio.create_task(caller.status(b""))
+    await asyncio.wait([answer, other], return_when=asyncio.FIRST_COMPLETED)
+    assert (answer.done(), await answer) == (False, "Done.")
+
+
+@cases((0.05, 2), (NEVER, 1))
+async def test_a_slow_answer_counts_after_a_second_failed(
+    serve: Serve, patience: float, times: int
+) -> None:
+    one = Own(ask_again_after=patience, patience=NEVER)
+    caller = await serve(one, [[gate := Gate(), "Here I am."], (503,)])
+    answer = asyncio.create_task(caller.say("hello"))
+    await until(lambda: len(caller.gemini.asked) == times)
+    # When another caller is answered, so is the second request.
+    await caller.another().say()
+    gate.open()
+    assert await answer == "Here I am."
+
+
+async def test_a_reply_may_take_long(serve: Serve, monkeypatch: Patch) -> None:
+    async def five_seconds_go_by() -> None:
+        now = loop.time
+        monkeypatch.setattr(loop, "time", lambda: now() + 5)
+        await asyncio.sleep(0)
+
+    loop = asyncio.get_running_loop()
+    caller = await serve(Own("Once ", *[five_seconds_go_by, "more "] * 3))
+    assert await caller.say("A story!") == "Once more more more "
+
+
+@cases(
+    ("HIGH", {"thinking_level": "HIGH"}),
+    ("0", {"thinking_budget": 0}),
+    ("-1", {"thinking_budget": -1}),
+    ("", None),
+)
+async def test_gemini_is_asked_as_our_settings_say_and_no_others(
+    serve: Serve, monkeypatch: Patch, thinking: str, sent: Event | None
+) -> None:
+    for name in ("GOOGLE_GENAI_USE_VERTEXAI", "GOOGLE_API_KEY", "GEMINI_API_KEY"):
+        monkeypatch.setenv(name, "true")
+    caller = await serve(Agent(replace(SETTINGS, gemini_thinking=thinking)))
+    assert await caller.say("hello") == SURE
+    [asked] = caller.gemini.asked
+    assert asked.get("generationConfig", {}).get("thinkingConfig") == sent
+    assert caller.gemini.requests[-1].headers["x-goog-api-key"] == GEMINI_KEY
+    told = f"{Agent.persona}\n{Agent.voice_rules}"
+    assert asked["systemInstruction"]["parts"] == [{"text": told}]
+
+
+@cases("GOOGLE_GEMINI_BASE_URL", "")
+async def test_a_proxy_is_used_and_who_is_away_is_told(
+    serve: Serve, gemini: Gemini, monkeypatch: Patch, proxy: str
+) -> None:
+    monkeypatch.setenv("http_proxy", os.environ.get(proxy, ""))
+    monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", "http://127.0.0.9:1")
+    caller = await serve(Own(settings=replace(SETTINGS, layercode_api_url=ELSEWHERE)))
+    assert await caller.say("hello") == (SURE if proxy else APOLOGY)
+    assert proxy or " failed: ClientConnectorError at" in caller.log()[-1]
+    away = (502, "Layercode could not be reached: ClientConnectorError")
+    assert await caller.status(ASKED, "/authorize") == ((200, "OK") if proxy else away)
+
+
+async def test_certifi_s_authorities_are_known(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(certifi, "where", lambda: "nowhere.pem")
+    with pytest.raises(FileNotFoundError):
+        await web.AppRunner(Agent(OFFLINE).make_app()).setup()
+
+
+async def test_a_wrong_key_is_told_at_once(serve: Serve, gemini: Gemini) -> None:
+    gemini.look_up = refuse
+    caller = await serve(Agent(SETTINGS))
+    await until(caller.log)
+    assert "Gemini will refuse to answer: ClientError 400 " in caller.log()[0]
+
+
+ELSEWHERE = "http://127.0.0.9:1"
+
+
+async def refuse() -> web.Response:
+    return refusal(400, "api_key_invalid")
+
+
+async def test_a_browser_is_shown_a_page_or_that_the_agent_is_up(
+    caller: Caller, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    async with caller.http.get(caller.url) as response:
+        assert (response.status, await response.text()) == (200, "The agent is up.\n")
+    monkeypatch.setattr(agent, "__file__", str(tmp_path / "agent.py"))
+    (tmp_path / "index.html").write_text("<p>Talk to me</p>")
+    async with caller.http.get(caller.url) as response:
+        assert response.content_type == "text/html"
+        assert await response.text() == "<p>Talk to me</p>"
+    async with caller.http.get(caller.url + "/agent") as response:
+        assert (response.status, response.headers["Allow"]) == (405, "POST")
+
+
+BAD = json.dumps({"error": f"bad\n\u00e9 key: {API_KEY}"})
+
+
+async def test_ctrl_c_while_it_starts_ends_it_without_a_traceback(run: Run) -> None:
+    for delay in (0.1, 0.2, 0.3):
+        process = await run(PORT="0")
+        # Wherever it is by then.
+        await asyncio.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        assert (await end_of(process))[1] == ""
+
+
+async def test_strangers_write_few_lines_and_the_rest_is_counted(
+    caller: Caller, run: Run, unused_tcp_port: int
+) -> None:
+    process = await run(PORT=str(unused_tcp_port), LAYERCODE_WEBHOOK_SECRET=SECRET)
+    await printed(process, "Next: ")
+    caller.url = f"http://127.0.0.1:{unused_tcp_port}"
+    seen, refused = b"", 0
+    while b"left out" not in seen:
+        assert await caller.stranger("secret nonsense\r\n\r\n")
+        refused += (await caller.status(b"", "/agent", {"a": "b"}))[0] == 401
+        with suppress(TimeoutError):
+            assert process.stderr is not None
+            seen += await asyncio.wait_for(process.stderr.read(10_000), 0.001)
+    found = re.search(rb"\((\d+) lines like this were left out before\)\n", seen)
+    assert found and int(found[1]) + seen.count(b"\n") == refused
+    assert b"Traceback" not in seen and b"secret" not in seen and seen.count(b"\n") <= 6
