@@ -13,7 +13,6 @@ An agent of your own is a file beside this one:
     from agent import Agent, main
 
     class Pizza(Agent):
-        greeting = "Luigi's Pizza! What can I get you?"
         persona = "You take orders for Luigi's Pizza in Leeds."
 
     if __name__ == "__main__":
@@ -33,13 +32,11 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import fnmatch
 import gc
 import hashlib
 import hmac
 import inspect
-import itertools
 import json
 import logging
 import os
@@ -51,26 +48,25 @@ import sysconfig
 import threading
 import time
 import traceback
-import urllib.request
 from collections.abc import AsyncGenerator as Stream
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Sequence,
-)
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
-from urllib.error import HTTPError
-from urllib.request import OpenerDirector
+from urllib.request import (
+    OpenerDirector,
+    ProxyHandler,
+    Request,
+    build_opener,
+    getproxies,
+)
 
 import aiohttp
 import certifi
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 if TYPE_CHECKING:
+    from google.genai.errors import APIError
     from google.genai.types import FunctionDeclarationDict as Declaration
     from google.genai.types import GenerateContentConfigDict as Config
     from google.genai.types import GenerateContentResponse as Chunk
@@ -90,40 +86,31 @@ Speech = Stream[str | Event, None]
 # What Gemini may call: a function, sync or async, with types and a docstring.
 Tool = Callable[..., Any]
 
-# ---- Limits --------------------------------------------------------------------------
+# ---- Limits: in seconds, but for those that begin with MAX ---------------------------
 
-# Seconds that an answer waits for its tools: less than Agent.patience.
+# For tools in one answer: less than Agent.patience.
 TOOL_PATIENCE = 5.0
-# Seconds that tools may take before Agent.filler is spoken.
+# For tools before Agent.filler is spoken.
 FILLER_AFTER = 1.2
+# For what follows Gemini's finish reason: gateways give one with each chunk.
+STREAM_END_PATIENCE = 0.1
+# For Layercode to take a frame, before it counts as gone.
+WRITE_PATIENCE = 5.0
+# For a store to record what must not hold up a call.
+RECORD_PATIENCE = 2.0
+NOTICE_PATIENCE = 30.0
+# For a request's body.
+BODY_PATIENCE = 5.0
+# For Layercode's REST API.
+AUTHORIZE_PATIENCE = 10.0
+# For calls at a stop. To cut off the rest takes 1 more, and shutdown_timeout
+# twice: less than the 10 that `docker stop` waits.
+GRACE = 5.0
+# Between a signature's timestamp and now, as in Layercode's Node SDK 1.2.1.
+TOLERANCE = 300
 # How often Gemini may call tools in one answer before it has to speak.
 MAX_ROUNDS = 5
-# Seconds in which more may follow Gemini's finish reason: gateways give one
-# with each chunk.
-STREAM_END_PATIENCE = 0.1
-# Seconds that Gemini may take to accept a connection ahead of a question.
-WARM_UP_PATIENCE = 10.0
-# Seconds that Layercode may take to accept a frame before it counts as gone.
-WRITE_PATIENCE = 5.0
-# Seconds that a store may take to record what must not hold up a call.
-RECORD_PATIENCE = 2.0
-# Seconds that notice() may take.
-NOTICE_PATIENCE = 30.0
-# Seconds that a request may take to send its body.
-BODY_PATIENCE = 5.0
-# Seconds that Layercode's REST API may take to authorize a browser.
-AUTHORIZE_PATIENCE = 10.0
-# Seconds that `chat` waits for each next part of an answer.
-CHAT_PATIENCE = 30.0
-# Seconds that calls may go on for at a stop. To cut off the rest takes 1 more,
-# and aiohttp's shutdown_timeout twice: less than the 10 that `docker stop`
-# waits.
-GRACE = 5.0
-# Seconds that a signature's timestamp may be off, as in Layercode's Node SDK
-# 1.2.1.
-TOLERANCE = 300
-# Bytes of a webhook, which may hold a transcript, and of an answer of
-# Layercode's.
+# Bytes of a webhook, which may hold a transcript, and of Layercode's answers.
 MAX_BODY = 2**20
 # Bytes of what a page sends: every caller waits while it is parsed.
 MAX_PAGE = 2**16
@@ -142,10 +129,9 @@ RUNNER_OPTIONS: dict[str, Any] = {
     "auto_decompress": False,
     # Seconds. Longer than proxies keep theirs: 60 in nginx, 90 in cloudflared.
     "keepalive_timeout": 120,
-    # Seconds to wait for the rest of a body after the request was answered.
+    # Seconds for the rest of a body after the request was answered.
     "lingering_time": 2,
-    # Seconds that aiohttp waits, twice, for requests in flight after
-    # Agent.stop().
+    # Seconds that aiohttp waits, twice, for requests after Agent.stop().
     "shutdown_timeout": 1,
     "access_log": None,
 }
@@ -157,12 +143,12 @@ class SettingsError(ValueError):
     """A setting, or a URL to chat with, is wrong; the message names it."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """The variables of .env.example, each as a field of the same name.
 
-    A subclass with more fields has more settings: give what its load() returns
-    to Agent.__init__(). A field is a text or a number, as its default is.
+    A subclass with more fields has more settings, each a text or a number, as
+    its default is: give what its load() returns to Agent.__init__().
     """
 
     layercode_webhook_secret: str = dataclasses.field(default="", repr=False)
@@ -171,10 +157,7 @@ class Settings:
     gemini_model: str = "gemini-3.5-flash-lite"
     gemini_thinking: str = ""
     layercode_agent_id: str = ""
-    allowed_origins: str = (
-        "*://localhost,*://localhost:*,*://127.0.0.1,*://127.0.0.1:*,"
-        "*://[::1],*://[::1]:*"
-    )
+    allowed_origins: str = "*://localhost:*,*://127.0.0.1:*,*://[::1]:*"
     host: str = "127.0.0.1"
     port: int = 3000
     layercode_api_url: str = "https://api.layercode.com"
@@ -182,30 +165,21 @@ class Settings:
 
     @classmethod
     def load(cls) -> Self:
-        """The settings of the environment, else of .env beside this file.
-
-        A variable that is empty has its default. Raises SettingsError.
-        """
+        """The environment, else .env beside this file. Raises SettingsError."""
         given = read_dotenv(Path(__file__).with_name(".env")) | dict(os.environ)
-        values: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):
-            text = given.get(field.name.upper(), "").strip()
-            kind: Any = type(field.default)
+        values = dataclasses.asdict(cls())
+        for name, default in values.items():
+            text = given.get(name.upper(), "").strip()
             try:
-                if text:
-                    values[field.name] = kind(text)
+                # A variable that is empty has its default.
+                values[name] = type(default)(text or default)
             except ValueError:
-                message = f"{field.name.upper()}={text} is not a number"
-                raise SettingsError(message) from None
+                raise SettingsError(f"{name.upper()}={text} is not a number") from None
         return cls(**values)
 
 
 def read_dotenv(file: Path) -> dict[str, str]:
-    """The lines of NAME=value in a .env file, if there is one. Raises SettingsError.
-
-    A value may stand in quotes. A # begins a comment at the start or after a
-    space.
-    """
+    """The lines of NAME=value in a .env file, if there is one. Raises SettingsError."""
     variables = {}
     try:
         lines = file.read_text("utf-8-sig").splitlines() if file.is_file() else []
@@ -214,6 +188,7 @@ def read_dotenv(file: Path) -> dict[str, str]:
     for line in lines:
         name, _, value = line.strip().removeprefix("export ").partition("=")
         quoted = re.match(r"""\s*(["'])(.*?)\1""", value)
+        # A # begins a comment after a space.
         value = quoted[2] if quoted else re.split(r"\s#", value)[0]
         variables[name.strip()] = value.strip()
     return variables
@@ -258,13 +233,12 @@ class Agent:
         self.settings = Settings.load() if settings is None else settings
         self.histories = Histories() if histories is None else histories
         self.gemini: Gemini | None = None
-        # Replies, notices and tools, held because asyncio lets go of its
-        # tasks.
+        # Replies, notices and tools; asyncio itself lets go of its tasks.
         self.tasks: set[asyncio.Task[Any]] = set()
         # By conversation, the reply that came last.
         self.replies: dict[str, asyncio.Task[web.StreamResponse]] = {}
         # By conversation and turn_id, the tools that Gemini has called.
-        self.tools_running: dict[tuple[str, str], asyncio.Task[list[Event]]] = {}
+        self.tools_running: dict[tuple[str, str], asyncio.Task[None]] = {}
         self.is_stopping = False
 
     async def greet(self, event: Event, history: list[Turn]) -> Speech:
@@ -303,12 +277,11 @@ class Agent:
         return []
 
     async def notice(self, event: Event) -> Event | None:
-        """Takes a webhook that asks for no speech; returns the answer, if there is one.
+        """Takes a webhook that asks for no speech, within NOTICE_PATIENCE seconds.
 
         That is `data`, `session.update`, `session.end`, a `session.start`
-        without a turn_id, or a type not known yet; it may come twice. It has
-        NOTICE_PATIENCE seconds. An answer of type response.data is delivered
-        to the page.
+        without a turn_id, or a type not known yet; it may come twice. What is
+        returned is the answer; one of type response.data goes to the page.
         """
         return None
 
@@ -340,8 +313,7 @@ class Agent:
         gemini = self.gemini
         if gemini is None:
             raise RuntimeError("GOOGLE_GENERATIVE_AI_API_KEY is not set")
-        instruction = f"{self.persona}\n{self.voice_rules}"
-        request = gemini.request(contents(history), instruction, config or {})
+        request = gemini.request(history, config or {})
         after = self.ask_again_after
         return ask_twice(lambda: gemini.ask(request), has_words or speaks, after)
 
@@ -361,23 +333,19 @@ class Agent:
 
     async def connected(self, app: web.Application) -> AsyncIterator[None]:
         """Opens `http` and `gemini`, and closes them at the end."""
-        certificates = ssl.create_default_context()
+        trusted = ssl.create_default_context()
         # Python on a Mac has no authorities of its own.
-        certificates.load_verify_locations(certifi.where())
-        connector = aiohttp.TCPConnector(
-            limit=0, keepalive_timeout=300, ssl=certificates
-        )
+        trusted.load_verify_locations(certifi.where())
+        pool = aiohttp.TCPConnector(limit=0, keepalive_timeout=300, ssl=trusted)
         # Cookies for one visitor must not reach the next.
         jar = aiohttp.DummyCookieJar()
-        # Left on, it would look into ~/.netrc at each request, for a fifth of
-        # the time.
-        has_proxy = bool(urllib.request.getproxies())
-        session = aiohttp.ClientSession(
-            connector=connector, cookie_jar=jar, trust_env=has_proxy
-        )
-        async with session as self.http:
+        # Left on, it would look into ~/.netrc at each request.
+        has_proxy = bool(getproxies())
+        async with aiohttp.ClientSession(
+            connector=pool, cookie_jar=jar, trust_env=has_proxy
+        ) as self.http:
             if self.settings.google_generative_ai_api_key:
-                self.gemini = Gemini(self.settings, self.http)
+                self.gemini = Gemini(self)
                 self.start(self.gemini.warm_up(), "at the start")
             yield
 
@@ -394,25 +362,20 @@ class Agent:
         for seconds in (GRACE, 1):
             if self.tasks:
                 await asyncio.wait(self.tasks, timeout=seconds)
-            self.cut_all_off()
-
-    def cut_all_off(self) -> None:
-        """Cuts off whatever goes on."""
-        for task in self.tasks:
-            cut_off(task)
+            cut_off(*self.tasks)
 
 
-def cut_off(task: asyncio.Task[Any]) -> None:
-    """Cancels a task, once: a second time would keep it from recording its end."""
-    if not task.cancelling():
-        task.cancel()
+def cut_off(*tasks: asyncio.Task[Any]) -> None:
+    """Cancels tasks, once: a second time would keep one from recording its end."""
+    for task in tasks:
+        if not task.cancelling():
+            task.cancel()
 
 
 def is_cut_off() -> bool:
-    """Whether the task that runs now was cancelled.
+    """Whether this task was cancelled; a CancelledError may also be another's.
 
-    A CancelledError alone does not tell: it may come from a look-up that two
-    callers share, of whom the other one has hung up.
+    Such as that of a look-up which two callers share, of whom one hangs up.
     """
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
@@ -421,7 +384,7 @@ def is_cut_off() -> bool:
 # ---- History -------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
+@dataclasses.dataclass(slots=True)
 class Turn:
     """What the caller said, and what became of the answer."""
 
@@ -431,8 +394,7 @@ class Turn:
     spoken: str = ""
     # False while it is spoken, if it was cut off, and if its process died.
     finished: bool = False
-    # What the caller heard of an answer they interrupted, if Layercode has
-    # told.
+    # What was heard of an answer that was interrupted, if Layercode has told.
     heard: str | None = None
     # The calls of tools and what they gave, as contents for the model.
     done: Sequence[Event] = ()
@@ -440,10 +402,9 @@ class Turn:
     def answer(self) -> str:
         """The answer for the model: what the caller heard, as far as is known."""
         words = self.spoken if self.heard is None else self.heard
-        is_whole = self.finished and self.heard is None
-        if is_whole or not (words or self.done):
-            return words
-        return f"{words} [interrupted]".lstrip()
+        is_cut = self.heard is not None or not self.finished
+        mark = " [interrupted]" if is_cut and (words or self.done) else ""
+        return f"{words}{mark}".lstrip()
 
 
 class Histories:
@@ -484,7 +445,6 @@ def contents(history: list[Turn]) -> list[Event]:
     """What Gemini is sent of a history, whose last turn is the one to answer.
 
     The caller and the model take turns, and the caller comes first and last.
-    Of an answer that was interrupted, it has what the caller heard.
     """
     said: list[Event] = []
     for turn in history:
@@ -492,16 +452,15 @@ def contents(history: list[Turn]) -> list[Event]:
         said += [{"role": "user", "parts": [{"text": words}]}, *turn.done]
         if turn.answer() and turn is not history[-1]:
             said.append({"role": "model", "parts": [{"text": turn.answer()}]})
-    merged = []
-    for role, group in itertools.groupby(said, lambda content: content["role"]):
-        parts = [part for content in group for part in content["parts"]]
-        merged.append({"role": role, "parts": parts})
+    merged: list[Event] = []
+    for content in said:
+        if not merged or merged[-1]["role"] != content["role"]:
+            merged.append({"role": content["role"], "parts": []})
+        merged[-1]["parts"] += content["parts"]
     return merged
 
 
 # ---- The webhook, and web pages ------------------------------------------------------
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Server:
@@ -512,32 +471,23 @@ class Server:
 
     @web.middleware
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Turns strangers away; logs refusals, and errors without messages."""
+        """Turns strangers away; logs refusals, and errors without their messages."""
         asked = f"{request.method} {request.path[:60]!r}"
         origin = request.headers.get("Origin", "")
-        if origin:
-            asked += f" from a page of {origin[:80]!r}"
         try:
+            # Bodies in chunks of one byte would keep all callers waiting.
+            # Layercode, browsers and proxies send a Content-Length.
             if "Transfer-Encoding" in request.headers:
-                # Bodies in chunks of one byte would keep all callers waiting.
-                # Layercode, browsers and proxies send a Content-Length.
                 raise web.HTTPLengthRequired(reason="a Content-Length is needed")
             if origin and not self.is_allowed(origin):
-                reason = (
-                    "the page's origin is not in ALLOWED_ORIGINS: add it if it is yours"
-                )
+                reason = f"{origin[:80]!a} is not in ALLOWED_ORIGINS: add it, if yours"
                 raise web.HTTPForbidden(reason=reason)
             return await handler(request)
         except web.HTTPException as answer:
             if answer.status >= 400:
                 refusals.warning("%s: %d %s", asked, answer.status, answer.reason)
-            if not request.content.is_eof():
-                answer.force_close()
             raise
-        except BaseException as error:
-            if is_cut_off() and isinstance(error, asyncio.CancelledError):
-                # The client has gone.
-                raise
+        except (Exception, SystemExit) as error:
             log.error("%s failed: %s", asked, cause(error))
             raise web.HTTPInternalServerError(reason="see the agent's log") from None
         finally:
@@ -547,10 +497,12 @@ class Server:
 
     def is_allowed(self, origin: str) -> bool:
         """Whether pages of an origin may start calls. A * in a setting is any text."""
-        allowed = self.agent.settings.allowed_origins.lower().replace(",", " ").split()
+        allowed = self.agent.settings.allowed_origins.lower().replace(",", " ")
         # To fnmatch, the [ of an IPv6 address would begin a set of characters.
-        patterns = [one.rstrip("/").replace("[", "[[]") for one in allowed]
-        return any(fnmatch.fnmatchcase(origin, pattern) for pattern in patterns)
+        patterns = allowed.replace("[", "[[]").split()
+        # Where any port will do, none will, too.
+        origins = [origin, f"{origin}:"]
+        return any(fnmatch.filter(origins, one.rstrip("/")) for one in patterns)
 
     async def allow(self, request: web.Request, response: web.StreamResponse) -> None:
         """Lets pages of the allowed origins read a response, before it is sent."""
@@ -571,21 +523,14 @@ class Server:
     async def receive(self, request: web.Request) -> web.StreamResponse:
         """Answers a webhook: with speech, or with what notice() gives."""
         secret = self.agent.settings.layercode_webhook_secret
-        if not secret:
-            reason = "LAYERCODE_WEBHOOK_SECRET is not set"
-            raise web.HTTPInternalServerError(reason=reason)
         signature = request.headers.get("layercode-signature", "")
-        # Before the body is read, so that strangers' bodies take no memory.
-        if not signed_at(signature):
-            reason = "the header layercode-signature is missing, or the clock is wrong"
-            raise web.HTTPUnauthorized(reason=reason)
-        body = await read_body(request, MAX_BODY)
-        if not verify(signature, body, secret):
-            reason = "wrong signature: is LAYERCODE_WEBHOOK_SECRET this agent's?"
+        # Strangers' bodies are not even read: they would take memory.
+        body = await read_body(request, MAX_BODY) if signed_at(signature) else b""
+        if not secret or not verify(signature, body, secret):
+            reason = "no right signature: check LAYERCODE_WEBHOOK_SECRET and the clock"
             raise web.HTTPUnauthorized(reason=reason)
         event = parse(body)
-        # The oldest webhooks have no conversation_id: there, the session is
-        # it.
+        # In the oldest webhooks, the session is the conversation.
         event["conversation_id"] = text_of(event, "conversation_id", "session_id")
         kind = text_of(event, "type")
         # A session.start without a turn_id is a mere notice.
@@ -594,9 +539,8 @@ class Server:
             # In a task, because Layercode may not wait for the answer.
             name = f"conversation={event['conversation_id']!r} {kind!r}"
             return await asyncio.shield(self.agent.start(self.notice(event), name))
-        # Arrival decides: nothing waits between here and the start of the
-        # reply's task, so each reply knows the one before it, whatever a store
-        # takes.
+        # Arrival decides: nothing waits before the reply is in agent.replies,
+        # so each knows the one before it, whatever a store takes.
         task = Reply(self.agent, request, event).task
         try:
             return await asyncio.shield(task)
@@ -609,8 +553,7 @@ class Server:
             async with asyncio.timeout(NOTICE_PATIENCE):
                 return web.json_response(await self.agent.notice(event) or {})
         except BaseException as error:
-            why = "it was cut off by the stop" if is_cut_off() else cause(error)
-            log.error("%s failed in notice(): %s", name_of_task(), why)
+            log.error("%s failed in notice(): %s", name_of_task(), cause(error))
             return web.Response(status=500, reason="see the agent's log")
 
     async def authorize(self, request: web.Request) -> web.Response:
@@ -619,7 +562,7 @@ class Server:
         settings = self.agent.settings
         if not settings.layercode_api_key:
             raise web.HTTPInternalServerError(reason="LAYERCODE_API_KEY is not set")
-        # The page's fields are copied one by one, because Layercode would take
+        # The page's fields are named one by one, because Layercode would take
         # others, too: with a config, a visitor could have the session call a
         # webhook and a model of their own.
         session = {"agent_id": text_of(page, "agent_id", "pipeline_id")}
@@ -630,68 +573,43 @@ class Server:
         for name in ("metadata", "sdk_version"):
             if page.get(name) is not None:
                 session[name] = page[name]
-        refusal = await self.agent.admit(request, session)
-        if isinstance(refusal, web.HTTPException):
-            raise refusal
-        if refusal is not None:
+        if await self.agent.admit(request, session) is not None:
             raise web.HTTPForbidden(reason="admit() has refused")
         return await self.ask_layercode(session)
 
     async def ask_layercode(self, session: Event) -> web.Response:
         """Layercode's answer to a request for a session, for the page."""
-        settings = self.agent.settings
-        url = (
-            f"{settings.layercode_api_url.rstrip('/')}/v1/agents/web/authorize_session"
+        key = self.agent.settings.layercode_api_key
+        api = self.agent.settings.layercode_api_url.rstrip("/")
+        asking = self.agent.http.post(
+            f"{api}/v1/agents/web/authorize_session",
+            json=session,
+            headers={"Authorization": f"Bearer {key}"},
+            allow_redirects=False,
         )
-        headers = {"Authorization": f"Bearer {settings.layercode_api_key}"}
-        headers["Content-Type"] = "application/json"
-        try:
-            data = json.dumps(session, allow_nan=False).encode()
-        except (RecursionError, ValueError):
-            reason = "metadata is nested too deeply, or NaN"
-            raise web.HTTPBadRequest(reason=reason) from None
-        options: Event = {"data": data, "headers": headers, "allow_redirects": False}
         body = b""
         try:
-            async with asyncio.timeout(AUTHORIZE_PATIENCE):
-                async with self.agent.http.post(url, **options) as response:
-                    async for piece in response.content.iter_any():
-                        body += piece
-                        if len(body) > MAX_BODY:
-                            raise web.HTTPBadGateway(
-                                reason="Layercode's answer does not end"
-                            )
-        except TimeoutError:
-            reason = f"Layercode did not answer within {AUTHORIZE_PATIENCE:g} s"
-            raise web.HTTPGatewayTimeout(reason=reason) from None
-        except aiohttp.ClientError as error:
-            reason = f"Layercode could not be reached: {type(error).__name__}"
-            raise web.HTTPBadGateway(reason=reason) from None
+            async with asyncio.timeout(AUTHORIZE_PATIENCE), asking as response:
+                async for piece in response.content.iter_any():
+                    body += piece
+                    if len(body) > MAX_BODY:
+                        raise aiohttp.ClientPayloadError
+        except (aiohttp.ClientError, TimeoutError) as error:
+            is_late = isinstance(error, TimeoutError)
+            refusal = web.HTTPGatewayTimeout if is_late else web.HTTPBadGateway
+            reason = f"Layercode could not be asked: {type(error).__name__}"
+            raise refusal(reason=reason) from None
         # An answer that quotes the request must not show the page the key.
-        body = body.replace(settings.layercode_api_key.encode(), b"***")
-        status = response.status
-        answer: Event = {
-            "body": body,
-            "status": status,
-            "reason": reason_of(status, body),
-        }
-        return web.Response(content_type="application/json", **answer)
-
-
-def reason_of(status: int, body: bytes) -> str:
-    """The reason phrase, which is all that the page sees, for an answer of Layercode's.
-
-    Raises HTTPBadGateway for one that is not for the page.
-    """
-    if 200 <= status < 300:
-        return "OK"
-    error = None
-    if status in (400, 402):
-        with contextlib.suppress(web.HTTPBadRequest):
-            error = parse(body).get("error")
-    if not isinstance(error, str):
-        raise web.HTTPBadGateway(reason=f"Layercode answered {status}")
-    return " ".join(re.sub(r"[^ -~]", " ", error).split())[:200]
+        body = body.replace(key.encode(), b"***")
+        if 200 <= response.status < 300:
+            return web.Response(body=body, content_type="application/json")
+        reason = f"Layercode answered {response.status}"
+        mistakes = {400: web.HTTPBadRequest, 402: web.HTTPPaymentRequired}
+        if response.status in mistakes:
+            # The browser SDK shows the page nothing but the reason phrase.
+            with contextlib.suppress(web.HTTPBadRequest):
+                reason = re.sub(r"[^ -~]+", " ", text_of(parse(body), "error"))[:200]
+        raise mistakes.get(response.status, web.HTTPBadGateway)(reason=reason)
 
 
 class Reply:
@@ -715,8 +633,9 @@ class Reply:
         self.key = (event["conversation_id"], text_of(event, "turn_id"))
         # At the end of the history that reply() gets.
         self.turn = Turn()
+        self.is_greeting = event["type"] != "message"
         # An empty transcript is no error, a missing one is.
-        if event["type"] == "message" and event.get("text", 0) not in ("", None):
+        if not self.is_greeting and event.get("text", 0) not in ("", None):
             self.turn.user = text_of(event, "text").strip()
         # What the history is to be told in the end.
         self.facts: Event = {"user": self.turn.user}
@@ -728,87 +647,85 @@ class Reply:
         }
         self.response = web.StreamResponse(headers=headers)
         self.plain = Plain()
-        # Whether anything was sent, be it words or an event.
-        self.has_answered = False
+        # Whether anything was sent, be it words or an event. Where the
+        # greeting is empty, the caller speaks first.
+        self.has_answered = self.is_greeting
         self.outcome = "interrupted"
-        self.chunks = 0
         self.started = time.monotonic()
-        self.first_word = ""
+        # When words were written, in milliseconds from there.
+        self.times: list[str] = []
         name = f"conversation={self.key[0]!r} turn={self.key[1]!r}"
         self.earlier = agent.replies.get(self.key[0])
         self.task = agent.start(self.run(), name)
         agent.replies[self.key[0]] = self.task
 
     async def run(self) -> web.StreamResponse:
-        """Speaks the answer, and records what became of it, whatever happens."""
-        try:
+        """Speaks the answer, and records what became of it."""
+        with contextlib.suppress(asyncio.CancelledError):
             await self.speak()
-        except asyncio.CancelledError:
-            # The caller interrupts, or the connection is gone already.
-            if self.request.transport is not None:
-                self.request.transport.abort()
-        finally:
-            level = logging.WARNING if "failed" in self.outcome else logging.INFO
-            line = f"{name_of_task()} {self.outcome} "
-            line += f"first_word={self.first_word or 'none'} total={self.time()} "
-            log.log(level, "%s", f"{line}chunks={self.chunks}")
-            await self.end()
+        if "interrupted" in self.outcome and self.request.transport is not None:
+            # Layercode may not have hung up yet.
+            self.request.transport.abort()
+        level = logging.WARNING if "failed" in self.outcome else logging.INFO
+        first_word = self.times[0] if self.times else "none"
+        figures = f"first_word={first_word} total={self.time()}"
+        told = f"{name_of_task()} {self.outcome} {figures}"
+        log.log(level, "%s chunks=%d", told, len(self.times))
+        if self.earlier is not None:
+            # This one may have been cut off while it waited.
+            await asyncio.wait([self.earlier], timeout=RECORD_PATIENCE)
+        if "spoken" in self.facts:
+            self.facts |= {"spoken": self.turn.spoken, "finished": self.turn.finished}
+        await record(self.agent, self.key, self.facts)
+        if self.agent.replies.get(self.key[0]) is self.task:
+            del self.agent.replies[self.key[0]]
         return self.response
 
     async def speak(self) -> None:
         """Writes the answer, or the apology if it fails, and response.end."""
         outcome = "spoken"
+        patience = self.agent.patience
+        wait = asyncio.timeout(patience)
         try:
             await self.response.prepare(self.request)
-            await self.say_all()
+            # To the caller, a slow store and a silent model are the same.
+            async with wait, contextlib.aclosing(await self.begin()) as pieces:
+                async for piece in pieces:
+                    if is_cut_off():
+                        raise asyncio.CancelledError
+                    await self.say(piece)
+                    # However many come at once, others are served in between.
+                    await asyncio.sleep(0)
+                    wait.reschedule(asyncio.get_running_loop().time() + patience)
+            if not self.has_answered:
+                raise ModelError("nothing was said")
         except BaseException as error:
-            # A reply that is cut off says nothing more, whatever its code
-            # raises.
             if not is_cut_off():
-                outcome = f"failed: {cause(error)}"
-                await self.apologize(error)
+                why = f"TimeoutError: nothing came for {patience:g} s"
+                outcome = f"failed: {why if wait.expired() else cause(error)}"
+                if isinstance(error, BlockedError):
+                    # Shown this turn, the model would be blocked again.
+                    self.facts |= {"user": "", "heard": "", "done": []}
+                separator = " " if self.turn.spoken else ""
+                await self.say(separator + self.agent.apology)
             elif self.agent.is_stopping:
                 outcome = "cut off by the stop"
             else:
+                # It says nothing more, whatever the agent's code raises.
                 raise asyncio.CancelledError from error
-        await self.write({"type": "response.end"})
+        await self.say({"type": "response.end"})
         self.outcome = outcome
         self.turn.finished = not is_cut_off()
-
-    async def say_all(self) -> None:
-        """Writes the pieces of the answer the moment they come."""
-        patience = self.agent.patience
-        loop = asyncio.get_running_loop()
-        try:
-            # To the caller, a slow store and a silent model are the same.
-            async with asyncio.timeout(patience) as wait:
-                async with contextlib.aclosing(await self.begin()) as pieces:
-                    async for piece in pieces:
-                        if is_cut_off():
-                            raise asyncio.CancelledError
-                        await self.say(piece)
-                        # However many come at once, other callers are served
-                        # between.
-                        await asyncio.sleep(0)
-                        wait.reschedule(loop.time() + patience)
-        except TimeoutError as error:
-            if wait.expired():
-                why = f"TimeoutError: nothing came for {patience:g} s"
-                raise LoggedError(why) from error
-            raise
-        await self.write_words(self.plain.add("", is_end=True))
-        if not self.has_answered:
-            raise ModelError("nothing was said")
 
     async def begin(self) -> Speech:
         """Records what the webhook tells, and returns what is to be said.
 
         It waits until the reply before this one is over. It records before the
         model is asked, so that no word of the caller's gets lost. A webhook
-        may be delivered twice. If its turn is finished, or a later one has
-        begun, the same words are spoken again, without other events, and
-        nothing changes. Otherwise the turn gets a new answer, once the tools
-        that it has called are over.
+        may arrive twice. If its turn is finished, or a later one has begun,
+        the same words are spoken again, without other events, and nothing
+        changes. Otherwise the turn gets a new answer, once the tools that it
+        has called are over.
         """
         if self.earlier is not None:
             cut_off(self.earlier)
@@ -817,89 +734,64 @@ class Reply:
             await asyncio.wait([self.agent.tools_running[self.key]])
         conversation, turn_id = self.key
         turns = await self.agent.histories.load(conversation)
-        last = next(reversed(turns), None)
-        turn = turns.pop(turn_id, None)
-        if turn is not None:
-            if turn.finished or last != turn_id:
-                self.facts = {}
-                self.has_answered = True
-                return say_once(turn.spoken)
-            self.turn.done = turn.done
+        has_later = turn_id in list(turns)[:-1]
+        known = turns.pop(turn_id, self.turn)
+        if known.finished or has_later:
+            self.facts = {}
+            self.has_answered = True
+            return say_once(known.spoken)
+        self.turn.done = known.done
         match self.event.get("interruption_context"):
             case {"previous_turn_interrupted": True, **report}:
-                await self.record_report(report, turns)
+                # Without an id, it is about the latest turn.
+                named = report.get("assistant_turn_id") or next(reversed(turns), "")
+                facts: Event = {"heard": report.get("text_heard")}
+                if not isinstance(facts["heard"], str):
+                    # Nobody knows how much was heard: what was written stands.
+                    facts = {"finished": False}
+                if named in list(turns):
+                    turns[named] = dataclasses.replace(turns[named], **facts)
+                    await self.agent.histories.record(conversation, named, **facts)
         await self.agent.histories.record(conversation, turn_id, **self.facts)
         self.facts |= {"spoken": "", "finished": False}
-        earlier = [
-            one for one in turns.values() if one.user or one.done or one.answer()
-        ]
-        return self.speech([*earlier, self.turn][-MAX_TURNS:])
-
-    async def record_report(
-        self, report: dict[Any, Any], turns: dict[str, Turn]
-    ) -> None:
-        """Records what was heard of the turn that a report names, or of the latest."""
-        turn_id = report.get("assistant_turn_id") or next(reversed(turns), None)
-        facts: Event = {"heard": report.get("text_heard")}
-        if not isinstance(facts["heard"], str):
-            # Nobody knows how much was heard: what was written stands.
-            facts = {"finished": False}
-        if turn_id in list(turns):
-            turns[turn_id] = dataclasses.replace(turns[turn_id], **facts)
-            await self.agent.histories.record(self.key[0], turn_id, **facts)
+        said = [one for one in turns.values() if one.user or one.done or one.answer()]
+        return self.speech([*said, self.turn][-MAX_TURNS:])
 
     def speech(self, history: list[Turn]) -> Speech:
         """What greet() or reply() makes. Raises LoggedError for what is no Speech."""
         method = self.agent.reply
-        if self.event["type"] != "message":
+        if self.is_greeting:
             method = self.agent.greet
-            # Where the greeting is empty, the caller speaks first.
-            self.has_answered = True
             if self.agent.gemini is not None:
-                # While the caller listens, a connection opens for the first
-                # reply.
+                # A connection for the first reply opens while the caller listens.
                 self.agent.start(self.agent.gemini.warm_up(), name_of_task())
         elif not self.turn.user:
             return say_once(self.agent.apology)
         self.place = f"{type(self.agent).__name__}.{method.__name__}()"
         speech = method(self.event, history)
-        if inspect.iscoroutine(speech):
-            speech.close()
         if not isinstance(speech, Stream):
             raise LoggedError(f"{self.place} must be an async def that yields")
         return speech
 
     async def say(self, piece: str | Event) -> None:
-        """Writes one piece. Raises LoggedError for what is none."""
+        """Writes a piece of the answer. Raises LoggedError for what is none."""
         try:
             if isinstance(piece, str):
-                await self.write_words(self.plain.add(piece))
-            elif piece["type"] == "response.tts":
-                await self.write_words(self.plain.add(piece["content"]))
-            else:
-                await self.write_words(self.plain.add("", is_end=True))
+                piece = {"type": "response.tts", "content": piece}
+            is_speech = piece["type"] == "response.tts"
+            words = self.plain.add(piece["content"] if is_speech else "", not is_speech)
+            if words:
+                await self.write({"type": "response.tts", "content": words})
+                self.turn.spoken += words
+            if words.strip():
+                self.times.append(self.time())
+            if not is_speech:
                 await self.write(piece)
-                self.has_answered = True
-        except (
-            AttributeError,
-            LookupError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as error:
-            kind = type(piece).__name__
-            what = f"yields a {kind}: it must be a str or an event as JSON"
-            raise LoggedError(f"{self.place} {what}: {error}") from None
-
-    async def write_words(self, words: str) -> None:
-        """Writes words, if there are any; they count as spoken."""
-        if words:
-            await self.write({"type": "response.tts", "content": words})
-            self.turn.spoken += words
-            self.chunks += 1
-        if words.strip():
+        except Exception as error:
+            what = f"yields a {type(piece).__name__}: it must be a str or an event"
+            raise LoggedError(f"{self.place} {what} as JSON: {error}") from None
+        if words.strip() or not is_speech:
             self.has_answered = True
-            self.first_word = self.first_word or self.time()
 
     async def write(self, event: Event) -> None:
         """Writes a frame. If Layercode does not take it, this ends the reply."""
@@ -913,26 +805,6 @@ class Reply:
             cut_off(self.task)
             # Here the CancelledError comes.
             await asyncio.sleep(0)
-
-    async def apologize(self, error: BaseException) -> None:
-        """Says the apology, after what was said before the error."""
-        if isinstance(error, BlockedError):
-            # The model would be blocked again whenever it is shown this turn.
-            self.facts |= {"user": "", "heard": "", "done": []}
-        await self.write_words(self.plain.add("", is_end=True))
-        separator = " " if self.turn.spoken else ""
-        await self.write_words(separator + self.agent.apology)
-
-    async def end(self) -> None:
-        """Records what the history does not know yet, and lets the next reply begin."""
-        if self.earlier is not None:
-            # This one may have been cut off while it waited.
-            await asyncio.wait([self.earlier], timeout=RECORD_PATIENCE)
-        if "spoken" in self.facts:
-            self.facts |= {"spoken": self.turn.spoken, "finished": self.turn.finished}
-        await record(self.agent, self.key, self.facts)
-        if self.agent.replies.get(self.key[0]) is self.task:
-            del self.agent.replies[self.key[0]]
 
     def time(self) -> str:
         """The milliseconds since the webhook came."""
@@ -964,21 +836,21 @@ async def read_body(request: web.Request, limit: int) -> bytes:
     try:
         async with asyncio.timeout(BODY_PATIENCE):
             return await request.read()
-    except TimeoutError:
+    except (TimeoutError, web.RequestPayloadError):
         reason = f"the body did not end within {BODY_PATIENCE:g} s"
         raise web.HTTPRequestTimeout(reason=reason) from None
-    except web.RequestPayloadError:
-        raise web.HTTPBadRequest(reason="the body does not match its headers") from None
 
 
 def parse(body: bytes) -> Event:
     """The JSON object in a body. Raises HTTPBadRequest if there is none."""
     event: object = None
     with contextlib.suppress(ValueError, RecursionError):
-        event = json.loads(body.decode(errors="replace"))
-        # JSON can spell half of a character, such as \ud83d, which nothing can
-        # encode.
-        event = json.loads(clean(json.dumps(event, ensure_ascii=False)))
+        event = json.loads(body)
+        # What is nested too deeply, NaN and halves of characters, such as
+        # \ud83d of an emoji that was cut, could not be passed on.
+        event = json.loads(
+            clean(json.dumps(event, ensure_ascii=False, allow_nan=False))
+        )
     if not isinstance(event, dict):
         raise web.HTTPBadRequest(reason="the body is not a JSON object")
     return event
@@ -991,9 +863,7 @@ def clean(text: str) -> str:
 
 def text_of(event: Event, name: str, older_name: str = "") -> str:
     """The text under a name, or an older one. Raises HTTPBadRequest."""
-    value = event.get(name)
-    if value in (None, ""):
-        value = event.get(older_name)
+    value = event.get(name) or event.get(older_name)
     if not isinstance(value, str) or not value:
         raise web.HTTPBadRequest(reason=f"{name} is missing or not a text")
     return value
@@ -1085,14 +955,14 @@ class LoggedError(Exception):
 
 
 class ModelError(LoggedError):
-    """The model did not answer as it should. If it is final, asking again is no use."""
-
-    def __init__(self, message: str, final: bool = False) -> None:
-        super().__init__(message)
-        self.final = final
+    """The model did not answer as it should."""
 
 
-class BlockedError(ModelError):
+class FinalError(ModelError):
+    """The model refuses to answer: asking again is no use."""
+
+
+class BlockedError(FinalError):
     """The model refuses the prompt, and would whenever it is shown this turn."""
 
 
@@ -1127,10 +997,8 @@ async def ask_twice(
             done, _ = await asyncio.wait(tasks, timeout=ask_again_after)
             slow = ModelError(f"no word in {ask_again_after:g} s")
             failure = tasks[0].exception() if done else slow
-            is_final = isinstance(failure, ModelError) and failure.final
-            if failure and not is_final:
-                why = cause(failure)
-                log.info("%s asks the model twice: %s", name_of_task(), why)
+            if failure and not isinstance(failure, FinalError):
+                log.info("%s asks the model twice: %s", name_of_task(), cause(failure))
                 tasks.append(asyncio.create_task(begin()))
             opening, request = await first_to_succeed(tasks)
         finally:
@@ -1154,51 +1022,47 @@ async def first_to_succeed(tasks: list[asyncio.Task[T]]) -> T:
 class Gemini:
     """Gemini, by google-genai, with a connection that is open before it is needed."""
 
-    def __init__(self, settings: Settings, http: aiohttp.ClientSession) -> None:
+    def __init__(self, agent: Agent) -> None:
         # Importing it takes longer than all the rest, so only with a key.
-        from google import genai
-        from google.genai.types import HttpOptions, HttpRetryOptions
+        from google.genai import Client, errors
 
+        self.agent = agent
         # Left alone, it warns of other keys, and of each part that is no text.
         logging.getLogger("google_genai").setLevel("ERROR")
         # Left alone, it sleeps for seconds and asks again: see ask_twice().
-        retry = HttpRetryOptions(attempts=1)
-        options = HttpOptions(aiohttp_client=http, retry_options=retry)
-        key = settings.google_generative_ai_api_key
+        options: Any = {"aiohttp_client": agent.http, "retry_options": {"attempts": 1}}
+        key = agent.settings.google_generative_ai_api_key
         # Left alone, GOOGLE_GENAI_USE_VERTEXAI would send the key elsewhere.
-        client = genai.Client(vertexai=False, api_key=key, http_options=options)
+        client = Client(vertexai=False, api_key=key, http_options=options)
         self.models = client.aio.models
-        self.model = settings.gemini_model.removeprefix("models/")
-        self.thinking = settings.gemini_thinking
+        self.model = agent.settings.gemini_model.removeprefix("models/")
+        self.thinking = agent.settings.gemini_thinking
+        self.error = errors.APIError
 
     async def warm_up(self) -> None:
         """Connects ahead of a question; the log tells if Gemini would refuse it."""
         try:
-            async with asyncio.timeout(WARM_UP_PATIENCE):
+            async with asyncio.timeout(10):
                 await self.models.get(model=self.model)
         except Exception as error:
-            told = self.explain(error)
-            if isinstance(told, ModelError) and told.final:
-                log.warning("Gemini will refuse to answer: %s", told)
+            # If the connection fails, the question itself will tell.
+            if isinstance(error, self.error):
+                log.warning("Gemini will not answer: %s", self.explain(error))
 
-    def request(self, said: list[Event], instruction: str, config: Config) -> Config:
+    def request(self, history: list[Turn], config: Config) -> Config:
         """A request, as google-genai's config; what `config` says goes first."""
-        # Every caller waits while google-genai builds contents: 0.25 ms a
-        # message. An extra_body is only merged, 40 turns in 1.5 ms, over the
-        # empty contents.
-        body: Event = {"contents": said}
-        if "system_instruction" not in config:
-            body["systemInstruction"] = {"parts": [{"text": instruction}]}
-        options = config.get("http_options") or {}
-        body |= options.get("extra_body") or {}
-        request: Config = {}
+        instruction = f"{self.agent.persona}\n{self.agent.voice_rules}"
+        request: Config = {"system_instruction": instruction}
         if self.thinking:
             is_budget = self.thinking.lstrip("-").isdecimal()
             name = "thinking_budget" if is_budget else "thinking_level"
             thinking: Any = {name: self.thinking.upper()}
             request["thinking_config"] = thinking
         request |= config
-        request["http_options"] = {**options, "extra_body": body}
+        # Every caller waits while google-genai builds contents: 0.25 ms for
+        # each message. An extra_body is only merged over the empty contents:
+        # 1.5 ms for 40 turns.
+        request["http_options"] = {"extra_body": {"contents": contents(history)}}
         # It would ask with the same contents again, and call a function twice.
         request["automatic_function_calling"] = {"disable": True}
         return request
@@ -1206,9 +1070,8 @@ class Gemini:
     async def ask(self, request: Config) -> Stream[Chunk, None]:
         """Asks once and yields Gemini's chunks, up to the end of the answer.
 
-        What follows the finish reason within STREAM_END_PATIENCE belongs to
-        the answer. Raises ModelError for one that is blocked or incomplete,
-        and for Gemini's own errors; aiohttp's errors pass.
+        Raises ModelError for one that is blocked or incomplete, and for
+        Gemini's own errors; aiohttp's errors pass.
         """
         patience = None
         try:
@@ -1225,42 +1088,35 @@ class Gemini:
                     yield chunk
             except (StopAsyncIteration, TimeoutError):
                 if patience is None:
-                    raise ModelError(
-                        "the answer broke off without a finish reason"
-                    ) from None
+                    why = "the answer broke off without a finish reason"
+                    raise ModelError(why) from None
             finally:
                 await let_go(chunks)
-        except Exception as error:
+        except self.error as error:
             raise self.explain(error) from None
 
-    def explain(self, error: Exception) -> Exception:
+    def explain(self, error: APIError) -> ModelError:
         """An error of Gemini's as the log may tell it: no message, but what to do."""
-        from google.genai.errors import APIError
-
-        if not isinstance(error, APIError):
-            return error
-        told = f"{type(error).__name__} {error.code} {error.status}"
         model = f"GEMINI_MODEL={self.model}"
         hints = {
-            "'code': 404": f"is {model} right?",
-            "api_key_invalid": "is GOOGLE_GENERATIVE_AI_API_KEY right?",
-            "location is not supported": "Gemini is not offered where this server "
-            "runs: run it in another country",
-            "instruction is not enabled": f"{model} takes no persona: choose a Gemini",
-            "thinking": f"does GEMINI_THINKING={self.thinking} suit {model}?",
+            "'code': 404": f": is {model} right?",
+            "api_key_invalid": ": is GOOGLE_GENERATIVE_AI_API_KEY right?",
+            "location is not supported": ": it is not offered where this server runs",
+            "instruction is not enabled": f": {model} takes no persona",
+            "thinking": f": does GEMINI_THINKING={self.thinking} suit {model}?",
         }
-        for words, hint in hints.items():
-            if words in str(error.details).lower():
-                told += f": {hint}"
-        return ModelError(told, final=error.code in (400, 401, 403, 404, 429))
+        details = str(error.details).lower()
+        told = f"{type(error).__name__} {error.code} {error.status}"
+        told += "".join(hint for words, hint in hints.items() if words in details)
+        is_final = error.code in (400, 401, 403, 404, 429)
+        return FinalError(told) if is_final else ModelError(told)
 
 
 def is_last(chunk: Chunk) -> bool:
     """Whether a chunk ends the answer as it should. Raises ModelError if not so."""
     feedback = chunk.prompt_feedback
     if feedback and feedback.block_reason:
-        reason = feedback.block_reason.name
-        raise BlockedError(f"Gemini blocked the prompt: {reason}", True)
+        raise BlockedError(f"Gemini blocked it: {feedback.block_reason.name}")
     end = chunk.candidates[0].finish_reason if chunk.candidates else None
     if end and end.name not in ("STOP", "MAX_TOKENS"):
         raise ModelError(f"Gemini ended the answer: {end.name}")
@@ -1278,38 +1134,32 @@ async def let_go(chunks: AsyncIterator[Chunk]) -> None:
         while True:
             async with asyncio.timeout(0):
                 await anext(chunks)
-            # What has come is only parsed: that, too, makes other callers
-            # wait.
+            # Other callers are served in between.
             await asyncio.sleep(0)
 
 
 def speaks(chunk: Chunk) -> bool:
     """Whether a chunk has words to read aloud, beside marks, or calls a tool."""
-    return bool(chunk.function_calls) or has_letters(chunk.text or "")
-
-
-def has_letters(words: str) -> bool:
-    """Whether there is anything to read aloud, beside marks."""
-    return any(letter.isalnum() for letter in words)
+    has_words = any(letter.isalnum() for letter in chunk.text or "")
+    return has_words or bool(chunk.function_calls)
 
 
 async def stand_in(history: list[Turn]) -> Speech:
     """What is said where there is no model: the last three turns, newest first."""
-    said = [turn.user for turn in history if turn.user][-3:]
-    recalled = "' and before that '".join(reversed(said))
+    said = [turn.user for turn in reversed(history) if turn.user]
+    recalled = "' and before that '".join(said[:3])
     words = f"I'm the offline stand-in. You said '{recalled}'. "
     words += "Set GOOGLE_GENERATIVE_AI_API_KEY for Gemini."
     for word in words.split():
-        yield word + " "
+        yield f"{word} "
         # Slowly enough for a person to interrupt.
         await asyncio.sleep(0.1)
 
 
 # ---- Tools ---------------------------------------------------------------------------
 
-# What Gemini is told of tools that have not ended.
+# What Gemini is told of a tool that has not ended.
 HAS_BEGUN = {"output": "It has begun, and may go on. Do not call it again unasked."}
-TAKES_LONG = {"error": "It takes too long. It may still be done."}
 
 
 class Answer:
@@ -1323,49 +1173,52 @@ class Answer:
     def __init__(self, agent: Agent, event: Event, history: list[Turn]) -> None:
         self.agent = agent
         self.history = history
+        self.turn = history[-1]
         self.key = (event["conversation_id"], event["turn_id"])
+        self.name = name_of_task()
         self.tools = {tool.__name__: tool for tool in agent.tools(event)}
-        # What the history knows of the calls: the words are elsewhere in it.
-        self.recorded = list(history[-1].done)
+        self.declared = [declare(tool) for tool in self.tools.values()]
+        # What the history is told of the calls; it has the words elsewhere.
+        self.recorded = list(self.turn.done)
         # Whether words were said, or an event of a tool's was sent.
         self.has_answered = False
+        # What tools have for the page, and Layercode.
+        self.events: list[Event] = []
         self.hang_ups: list[Event] = []
-        self.name = name_of_task()
 
     async def speak(self) -> Speech:
         """Yields the words of the answer, and what the tools have for the page."""
-        is_filled = False
+        filler = f"{self.agent.filler} "
         for rounds_left in reversed(range(MAX_ROUNDS + 1)):
             parts: list[Part] = []
             words = ""
             async with contextlib.aclosing(self.ask(rounds_left)) as chunks:
                 async for chunk in chunks:
                     parts += chunk.parts or []
-                    if chunk.text:
-                        words += chunk.text
-                        yield chunk.text
-            self.has_answered = self.has_answered or has_letters(words)
-            if not rounds_left or not any(part.function_call for part in parts):
+                    words += chunk.text or ""
+                    yield chunk.text or ""
+            self.has_answered = self.has_answered or words.strip() != ""
+            calls = [part.function_call for part in parts if part.function_call]
+            if not calls or not rounds_left:
                 break
-            sent = [as_sent(part) for part in parts]
-            calls = [part for part in sent if "functionCall" in part]
-            # Between the words before and after the tools.
-            yield " " if words else ""
             for call in calls:
-                yield state_of(call, "running")
-            running = self.agent.start(self.run(sent, calls), name_of_task())
+                yield state_of(call.name or "", "running")
+            running = self.agent.start(self.run(parts), self.name)
             self.agent.tools_running[self.key] = running
             running.add_done_callback(lambda _: self.agent.tools_running.pop(self.key))
-            if not (self.has_answered or is_filled):
+            if not self.has_answered:
                 await asyncio.wait([running], timeout=FILLER_AFTER)
-                is_filled = not running.done()
-                yield f"{self.agent.filler} " if is_filled else ""
+                yield "" if running.done() else filler
+                filler = ""
             # If the caller interrupts here, the tools go on.
-            for event in self.events_of(calls, await asyncio.shield(running)):
+            await asyncio.shield(running)
+            for event in self.events:
                 yield event
+            self.events = []
             if self.hang_ups and words:
                 # That was the goodbye.
                 break
+            yield " " if words else ""
         for hang_up in self.hang_ups[:1]:
             yield hang_up
 
@@ -1374,76 +1227,65 @@ class Answer:
         config: Config = {}
         if self.tools:
             mode: Any = "AUTO" if rounds_left else "NONE"
-            declared = [declare(tool) for tool in self.tools.values()]
-            config["tools"] = [{"function_declarations": declared}]
+            config["tools"] = [{"function_declarations": self.declared}]
             config["tool_config"] = {"function_calling_config": {"mode": mode}}
         # Words before a call and nothing after it are an answer.
         has_words = (lambda chunk: True) if self.has_answered else speaks
         return self.agent.ask(self.history, config, has_words)
 
-    def events_of(self, calls: list[Event], results: list[Event]) -> list[Event]:
-        """What the page gets of calls that are over. A hang-up waits for the end."""
-        events = []
-        for call, result in zip(calls, results, strict=True):
-            events.append(state_of(call, "failed" if "error" in result else "done"))
-            match result.get("output"):
-                case {"type": "response.hangup"}:
-                    self.hang_ups.append(result["output"])
-                case {"type": "response.data" | "response.tts"}:
-                    events.append(result["output"])
-                    self.has_answered = True
-        return events
+    async def run(self, parts: list[Part]) -> None:
+        """Runs tools to their end, with a record before and after."""
+        # As Gemini sent them, with thought signatures.
+        sent = [
+            part.model_dump(mode="json", by_alias=True, exclude_none=True)
+            for part in parts
+        ]
+        calls = [part for part in sent if "functionCall" in part]
+        answers = [{**part["functionCall"], "response": HAS_BEGUN} for part in calls]
+        for answer in answers:
+            answer.pop("args", None)
+        told = [{"functionResponse": answer} for answer in answers]
+        reply = {"role": "user", "parts": told}
+        self.turn.done = [*self.turn.done, {"role": "model", "parts": sent}, reply]
+        self.recorded += [{"role": "model", "parts": calls}, reply]
+        await record(self.agent, self.key, {"done": self.recorded})
+        await asyncio.gather(*map(self.call, calls, answers))
+        await record(self.agent, self.key, {"done": self.recorded})
 
-    async def run(self, sent: list[Event], calls: list[Event]) -> list[Event]:
-        """Runs tools to their end, with a record before and after; their results."""
-        turn = self.history[-1]
-        before = list(turn.done)
-
-        async def tell(results: list[Event]) -> list[Event]:
-            told = []
-            for call, result in zip(calls, results, strict=True):
-                # With the name, and the id if there is one.
-                response = {**call["functionCall"], "response": result}
-                response.pop("args", None)
-                told.append({"functionResponse": response})
-            answer = {"role": "user", "parts": told}
-            turn.done = [*before, {"role": "model", "parts": sent}, answer]
-            known = [*self.recorded, {"role": "model", "parts": calls}, answer]
-            await record(self.agent, self.key, {"done": known})
-            return known
-
-        await tell([HAS_BEGUN] * len(calls))
-        tasks = [asyncio.create_task(self.call(call["functionCall"])) for call in calls]
-        await asyncio.wait(tasks, timeout=TOOL_PATIENCE)
-        results = [task.result() if task.done() else TAKES_LONG for task in tasks]
-        for task in tasks:
-            task.cancel()
-        self.recorded = await tell(results)
-        return results
-
-    async def call(self, call: Event) -> Event:
-        """What a tool gives: an output, or an error. It raises nothing."""
+    async def call(self, part: Event, answer: Event) -> None:
+        """Puts into an answer what a tool gives, or its error. It raises nothing."""
         import pydantic
         from pydantic_core import to_json
 
+        call = part["functionCall"]
         name = call["name"].rpartition(".")[2]
-        arguments = call.get("args") or {}
+        state = "failed"
         try:
             if name not in self.tools:
                 there_are = ", ".join(self.tools)
                 raise LoggedError(f"There is no tool {name}. There are: {there_are}.")
             tool = pydantic.validate_call(self.tools[name])
-            if inspect.iscoroutinefunction(self.tools[name]):
-                output = await tool(**arguments)
-            else:
-                output = await in_thread(lambda: tool(**arguments))
+            async with asyncio.timeout(TOOL_PATIENCE):
+                output = await in_thread(lambda: tool(**call.get("args", {})))
+                # An async tool has only been called there.
+                if inspect.isawaitable(output):
+                    output = await output
             text = to_json(output, fallback=str, inf_nan_mode="null")
-            return {"output": json.loads(text)}
+            answer["response"] = {"output": json.loads(text)}
+            state = "done"
         except BaseException as error:
             # Even SystemExit, which would end the server.
-            why = f"nothing for {TOOL_PATIENCE:g} s" if is_cut_off() else cause(error)
-            log.warning("%s tool %.60r failed: %s", self.name, name, why)
-            return {"error": clean(f"{type(error).__name__}: {error}")}
+            log.warning("%s tool %.60r failed: %s", self.name, name, cause(error))
+            if not isinstance(error, TimeoutError):
+                why = f"{type(error).__name__}: {error}"
+                answer["response"] = {"error": clean(why)}
+        self.events.append(state_of(name, state))
+        match answer["response"].get("output"):
+            case {"type": "response.hangup"} as hang_up:
+                self.hang_ups.append(hang_up)
+            case {"type": "response.data" | "response.tts"} as event:
+                self.events.append(event)
+                self.has_answered = True
 
 
 def declare(tool: Tool) -> Declaration:
@@ -1454,26 +1296,19 @@ def declare(tool: Tool) -> Declaration:
     try:
         schema = pydantic.TypeAdapter(kind).json_schema()
     except (pydantic.PydanticUserError, NameError) as error:
-        why = "cannot be a tool: a parameter has a type that is unknown, or no JSON"
-        raise LoggedError(f"{tool.__name__}() {why}") from error
-    declaration: Declaration = {
+        why = f"{tool.__name__}() cannot be a tool: a parameter's type is no JSON"
+        raise LoggedError(why) from error
+    return {
         "name": tool.__name__,
         "description": inspect.getdoc(tool) or "",
+        "parameters_json_schema": schema if schema["properties"] else None,
     }
-    if schema["properties"]:
-        declaration["parameters_json_schema"] = schema
-    return declaration
 
 
-def as_sent(part: Part) -> Event:
-    """A part as Gemini sent it, with its thought signature."""
-    return part.model_dump(mode="json", by_alias=True, exclude_none=True)
-
-
-def state_of(call: Event, state: str) -> Event:
+def state_of(tool: str, state: str) -> Event:
     """What the page is told of a tool: that it is running, done, or failed."""
-    name = call["functionCall"]["name"].rpartition(".")[2]
-    return {"type": "response.data", "content": {"tool": name, "state": state}}
+    content = {"tool": tool.rpartition(".")[2], "state": state}
+    return {"type": "response.data", "content": content}
 
 
 async def in_thread(function: Callable[[], T]) -> T:
@@ -1490,9 +1325,7 @@ async def in_thread(function: Callable[[], T]) -> T:
         try:
             outcome.set_result(function())
         except BaseException as error:
-            # asyncio cannot raise a StopIteration where it is waited for.
-            is_stop = isinstance(error, StopIteration)
-            outcome.set_exception(RuntimeError("StopIteration") if is_stop else error)
+            outcome.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
     return await asyncio.wrap_future(outcome)
@@ -1513,8 +1346,7 @@ def cause(error: BaseException) -> str:
     The message of another may hold a key, or what a caller said: it is logged
     only if LOG_LEVEL is DEBUG, and in `chat`.
     """
-    told = "".join(traceback.format_exception(error, chain=False))
-    details.debug("%s\n%s", name_of_task(), told)
+    details.debug("%s", name_of_task(), exc_info=error)
     if isinstance(error, LoggedError):
         return str(error)
     # The standard library, what is installed, and code that stands in no file.
@@ -1534,8 +1366,6 @@ class Sparing(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a line is to be written. Malformed HTTP comes with a traceback."""
-        record.msg = record.getMessage()
-        record.args = ()
         if record.exc_info and record.exc_info[0]:
             record.msg += f": {record.exc_info[0].__name__}"
             record.exc_info = None
@@ -1551,7 +1381,7 @@ class Sparing(logging.Filter):
 
 # ---- The terminal --------------------------------------------------------------------
 
-# Control characters, which a terminal would obey, but for the line break.
+# Control characters, but for the line break.
 CONTROLS = dict.fromkeys([*range(10), *range(11, 32), *range(127, 160)])
 
 
@@ -1560,11 +1390,8 @@ def chat(agent: Agent, url: str | None, fields: Event) -> None:
 
     Raises SettingsError if that cannot be.
     """
-    if url and not agent.settings.layercode_webhook_secret:
-        raise SettingsError("LAYERCODE_WEBHOOK_SECRET is not set: it would refuse us")
     # No proxy of the environment's leads to the agent that is served here.
-    proxies = urllib.request.ProxyHandler(None if url else {})
-    opener = urllib.request.build_opener(proxies)
+    opener = build_opener(ProxyHandler(None if url else {}))
     url = url or serve_beside(agent)
     secret = agent.settings.layercode_webhook_secret
     print("Ctrl-C interrupts the agent. Hang up with Ctrl-D.\n")
@@ -1575,10 +1402,7 @@ def chat(agent: Agent, url: str | None, fields: Event) -> None:
         while True:
             event = {**fields, **event, "turn_id": os.urandom(8).hex()}
             report = listen(opener, url, secret, event)
-            text = ""
-            while not text:
-                text = input("> ").strip()
-            event = {"type": "message", "text": text, **report}
+            event = {"type": "message", "text": input("> "), **report}
 
 
 def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event:
@@ -1592,26 +1416,25 @@ def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event
     try:
         body = json.dumps(event).encode()
         headers = {"layercode-signature": sign(body, secret)}
-        request = urllib.request.Request(url, body, headers)
-        with opener.open(request, timeout=CHAT_PATIENCE) as answer:
-            kind = answer.headers.get_content_type()
-            if kind != "text/event-stream":
-                raise ValueError(f"it answers with {kind}, no event stream")
+        # Seconds for each next part of the answer.
+        with opener.open(Request(url, body, headers), timeout=30) as answer:
             for line in answer:
                 if line.startswith(b"data:"):
                     frame = json.loads(line.removeprefix(b"data:"))
                     kinds.append(frame["type"])
-                    heard += show(frame["type"], frame.get("content"))
+                    content = frame.get("content")
+                    if kinds[-1] == "response.tts":
+                        heard += content
+                        show(content)
+                    elif kinds[-1] == "response.data":
+                        print(f"[{json.dumps(content)}]")
         if "response.end" not in kinds:
             raise ValueError("The answer has no response.end. What does the log say?")
     except KeyboardInterrupt:
         # The connection is dropped by now, as Layercode does.
-        turn = event["turn_id"]
-        report = {"previous_turn_interrupted": True, "assistant_turn_id": turn}
-        report |= {"text_heard": heard, "words_heard": len(heard.split())}
-        report = {"interruption_context": report}
-    except HTTPError as error:
-        raise SettingsError(f"{url} answers {error.code} {error.reason}") from None
+        told = {"text_heard": heard, "words_heard": len(heard.split())}
+        told |= {"assistant_turn_id": event["turn_id"]}
+        report = {"interruption_context": {"previous_turn_interrupted": True, **told}}
     except Exception as error:
         # Anything may stand behind a URL.
         raise SettingsError(f"{url}: {error}") from None
@@ -1622,16 +1445,10 @@ def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event
     return report
 
 
-def show(kind: str, content: Any) -> str:
-    """Prints a part of an answer; returns the words in it."""
-    if kind == "response.data":
-        print(f"[{json.dumps(content)}]")
-    if kind != "response.tts":
-        return ""
-    # A terminal would obey control characters, and may know no emoji.
-    words = content.translate(CONTROLS).encode(sys.stdout.encoding, "replace")
-    print(words.decode(sys.stdout.encoding), end="", flush=True)
-    return str(content)
+def show(words: str) -> None:
+    """Prints words to a terminal, which may know no emoji and obeys controls."""
+    known = words.translate(CONTROLS).encode(sys.stdout.encoding, "replace")
+    print(known.decode(sys.stdout.encoding), end="", flush=True)
 
 
 def serve_beside(agent: Agent) -> str:
@@ -1656,60 +1473,50 @@ def serve_beside(agent: Agent) -> str:
 
 # ---- The command line ----------------------------------------------------------------
 
-# What is said at the start of each setting that is missing.
-MISSING = {
-    "layercode_webhook_secret": "every webhook will be refused. "
-    "Layercode's dashboard has it: your agent, Your Backend, Edit.",
-    "google_generative_ai_api_key": "unless you override reply(), a stand-in replies. "
-    "Get a key at https://aistudio.google.com/apikey.",
-    "layercode_api_key": "no browser can be authorized. "
-    "Layercode's dashboard has it: Settings.",
-}
-
 
 def serve(agent: Agent) -> None:
     """Serves the agent until the process is told to stop. Raises SettingsError."""
     settings = agent.settings
+    host = settings.host
+    port = settings.port
 
     def when_up(_: str) -> None:
-        # aiohttp calls this once it listens. google-genai's 100,000 objects
-        # are here to stay: whenever the collector looked at them, every caller
-        # would wait 60 ms.
+        # google-genai's 100,000 objects are here to stay: whenever the
+        # collector looked at them, every caller would wait 60 ms.
         gc.freeze()
         # aiohttp's own queue of 128 is short beside a flood of strangers: a
         # caller who finds it full tries again after a second.
         listener.listen(1024)
-        print(f"Up: http://{settings.host}:{settings.port}")
-        for name, why in MISSING.items():
+        print(f"Up: http://{host}:{port}")
+        missing = {
+            "layercode_webhook_secret": "every webhook will be refused",
+            "google_generative_ai_api_key": "a stand-in will reply",
+            "layercode_api_key": "no browser can be authorized",
+        }
+        for name, why in missing.items():
             if not getattr(settings, name):
-                print(f"{name.upper()} is not set: {why}")
+                print(f"{name.upper()} is not set: {why}. See .env.example.")
         if settings.layercode_api_key and type(agent).admit is Agent.admit:
-            print("Everyone who reaches /authorize may start calls on your Layercode")
-            print("account: override admit() to check who they are.")
-        tunnel = f"cloudflared tunnel --url http://localhost:{settings.port}"
-        print(f"Next: open a tunnel, for instance with {tunnel}", flush=True)
+            print("Everyone who reaches /authorize may start calls: override admit().")
+        print(f"Next: cloudflared tunnel --url http://localhost:{port}", flush=True)
 
     async def when_stopped(app: web.Application) -> None:
         if agent.replies:
             calls = f"{len(agent.replies)} calls"
             print(f"Finishing {calls}; once more stops at once.", flush=True)
+        loop = asyncio.get_running_loop()
         # Windows has no such handlers.
         with contextlib.suppress(NotImplementedError):
             for one in (signal.SIGINT, signal.SIGTERM):
-                loop = asyncio.get_running_loop()
-                loop.add_signal_handler(one, agent.cut_all_off)
+                loop.add_signal_handler(one, lambda: cut_off(*agent.tasks))
 
-    # Before the agent starts, so that its own errors are not taken for this
-    # one.
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    # Before the agent starts, so that its errors are not taken for this one.
     try:
-        at = (settings.host, settings.port)
-        listener = socket.create_server(at, family=family)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
     except (OSError, OverflowError, UnicodeError) as error:
-        why = str(error)
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            why = "it is in use. Is the agent running already?"
-        where = f"HOST={settings.host} PORT={settings.port} cannot be listened on"
+        where = f"HOST={host} PORT={port} cannot be listened on"
+        why = f"{error}. Is the agent running already?"
         raise SettingsError(f"{where}: {why}") from None
     app = agent.make_app()
     app.on_shutdown.insert(0, when_stopped)
@@ -1727,22 +1534,17 @@ def main(agent: type[Agent] = Agent) -> None:
     parser = argparse.ArgumentParser(description="Serves a Layercode voice agent.")
     parser.add_argument("command", nargs="?", choices=["chat"], help="talk to it here")
     parser.add_argument("url", nargs="?", help="a webhook: talk to the agent behind it")
-    event_help = "fields that are added to every webhook, as JSON"
-    parser.add_argument("--event", type=json.loads, default={}, help=event_help)
+    parser.add_argument("--event", type=json.loads, default={}, help="added fields")
     arguments = parser.parse_args()
-    if arguments.url == "":
-        parser.error("the URL is empty")
-    if not isinstance(arguments.event, dict):
-        parser.error("--event is no JSON object")
+    if arguments.url == "" or not isinstance(arguments.event, dict):
+        parser.error("the URL is empty, or the event is no JSON object")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     try:
         one = agent()
         level = one.settings.log_level.upper()
         if level not in logging.getLevelNamesMapping():
-            levels = "DEBUG, INFO, WARNING, ERROR"
-            given = one.settings.log_level
-            raise SettingsError(f"LOG_LEVEL={given} is none of {levels}")
+            raise SettingsError(f"LOG_LEVEL={level} is not DEBUG, INFO, WARNING, ERROR")
         log.setLevel(level)
         if arguments.command is None:
             serve(one)
