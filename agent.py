@@ -1,11 +1,11 @@
 """A backend for Layercode voice agents: signed webhooks in, speech out, in one file.
 
-    caller -- audio --> Layercode -- POST /agent, signed JSON --> agent.py --> Gemini
-    caller <- audio --- Layercode <-- Server-Sent Events -------- agent.py <-- text
-    browser -- POST /authorize --> agent.py -- with the API key --> Layercode REST API
+    caller -- audio --> Layercode -- POST /agent, signed --> agent.py --> Gemini
+    caller <- audio --- Layercode <- Server-Sent Events ---- agent.py <-- text
+    browser -- POST /authorize --> agent.py -- with API key --> Layercode
 
-    python agent.py             serve Layercode's webhooks and authorize browsers
-    python agent.py chat        talk to this agent in the terminal; no API key needed
+    python agent.py             serve Layercode and web pages
+    python agent.py chat        talk to this agent; no API key needed
     python agent.py chat URL    talk to the agent behind a webhook's URL
 
 An agent of your own is a file beside this one:
@@ -24,7 +24,7 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__":
-    # Until main() takes over, Ctrl-C ends the process without a traceback.
+    # Ctrl-C ends even the imports without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -88,50 +88,51 @@ Tool = Callable[..., Any]
 
 # ---- Limits: in seconds, but for those that begin with MAX ---------------------------
 
-# For tools in one answer: less than Agent.patience.
+# For tools in an answer: less than Agent.patience.
 TOOL_PATIENCE = 5.0
-# For tools before Agent.filler is spoken.
+# For tools until Agent.filler is spoken.
 FILLER_AFTER = 1.2
-# For what follows Gemini's finish reason: gateways give one with each chunk.
+# For more after a finish reason: gateways give one with each chunk.
 STREAM_END_PATIENCE = 0.1
-# For Layercode to take a frame, before it counts as gone.
+# For Layercode to take a frame.
 WRITE_PATIENCE = 5.0
 # For a store to record what must not hold up a call.
 RECORD_PATIENCE = 2.0
+# For Agent.notice().
 NOTICE_PATIENCE = 30.0
 # For a request's body.
 BODY_PATIENCE = 5.0
-# For Layercode's REST API.
+# For Layercode to authorize a browser.
 AUTHORIZE_PATIENCE = 10.0
-# For calls at a stop. To cut off the rest takes 1 more, and shutdown_timeout
-# twice: less than the 10 that `docker stop` waits.
+# For calls at a stop. To cut off the rest takes 1 more, and
+# shutdown_timeout twice: less than the 10 of `docker stop`.
 GRACE = 5.0
-# Between a signature's timestamp and now, as in Layercode's Node SDK 1.2.1.
+# For the age of a signature, as in Layercode's Node SDK 1.2.1.
 TOLERANCE = 300
-# How often Gemini may call tools in one answer before it has to speak.
+# How often tools may be called in an answer.
 MAX_ROUNDS = 5
-# Bytes of a webhook, which may hold a transcript, and of Layercode's answers.
+# Bytes of a webhook, which may hold a transcript.
 MAX_BODY = 2**20
 # Bytes of what a page sends: every caller waits while it is parsed.
 MAX_PAGE = 2**16
 # Lines a second that strangers can write into the log.
 MAX_REFUSALS = 5
-# Turns of a conversation that are kept and sent to the model.
+# Turns of a conversation that are kept, and sent to the model.
 MAX_TURNS = 50
 # Conversations that are kept in memory.
 MAX_CONVERSATIONS = 10_000
 
 # For your own runner, too: web.run_app(your_app, **RUNNER_OPTIONS).
 RUNNER_OPTIONS: dict[str, Any] = {
-    # A dropped connection is how Layercode tells that the caller interrupts.
+    # Layercode drops the connection when the caller interrupts.
     "handler_cancellation": True,
-    # Layercode compresses nothing. A stranger's 1 MB can inflate to 1 GB.
+    # A stranger's 1 MB can inflate to 1 GB.
     "auto_decompress": False,
-    # Seconds. Longer than proxies keep theirs: 60 in nginx, 90 in cloudflared.
+    # Seconds. Longer than nginx's 60 and cloudflared's 90.
     "keepalive_timeout": 120,
-    # Seconds for the rest of a body after the request was answered.
+    # Seconds for the rest of a body that was refused.
     "lingering_time": 2,
-    # Seconds that aiohttp waits, twice, for requests after Agent.stop().
+    # Seconds, twice, for requests after Agent.stop().
     "shutdown_timeout": 1,
     "access_log": None,
 }
@@ -233,7 +234,7 @@ class Agent:
         self.settings = Settings.load() if settings is None else settings
         self.histories = Histories() if histories is None else histories
         self.gemini: Gemini | None = None
-        # Replies, notices and tools; asyncio itself lets go of its tasks.
+        # Replies, notices, tools. asyncio itself does not hold its tasks.
         self.tasks: set[asyncio.Task[Any]] = set()
         # By conversation, the reply that came last.
         self.replies: dict[str, asyncio.Task[web.StreamResponse]] = {}
@@ -666,11 +667,12 @@ class Reply:
         if "interrupted" in self.outcome and self.request.transport is not None:
             # Layercode may not have hung up yet.
             self.request.transport.abort()
-        level = logging.WARNING if "failed" in self.outcome else logging.INFO
         first_word = self.times[0] if self.times else "none"
-        figures = f"first_word={first_word} total={self.time()}"
-        told = f"{name_of_task()} {self.outcome} {figures}"
-        log.log(level, "%s chunks=%d", told, len(self.times))
+        figures = (
+            f"first_word={first_word} total={self.time()} chunks={len(self.times)}"
+        )
+        level = logging.WARNING if "failed" in self.outcome else logging.INFO
+        log.log(level, "%s %s %s", name_of_task(), self.outcome, figures)
         if self.earlier is not None:
             # This one may have been cut off while it waited.
             await asyncio.wait([self.earlier], timeout=RECORD_PATIENCE)
@@ -848,9 +850,8 @@ def parse(body: bytes) -> Event:
         event = json.loads(body)
         # What is nested too deeply, NaN and halves of characters, such as
         # \ud83d of an emoji that was cut, could not be passed on.
-        event = json.loads(
-            clean(json.dumps(event, ensure_ascii=False, allow_nan=False))
-        )
+        text = json.dumps(event, ensure_ascii=False, allow_nan=False)
+        event = json.loads(clean(text))
     if not isinstance(event, dict):
         raise web.HTTPBadRequest(reason="the body is not a JSON object")
     return event
@@ -932,11 +933,10 @@ def verify(header: str, body: bytes, secret: str) -> bool:
     timestamp = signed_at(header)
     # Bytes: compare_digest() refuses to compare a text that is not ASCII.
     right = sign(body, secret, timestamp).encode()
-    for signature in header.split(","):
-        given = f"t={timestamp},{signature}".encode(errors="replace")
-        if timestamp and hmac.compare_digest(right, given):
-            return True
-    return False
+    given = [
+        f"t={timestamp},{one}".encode("utf-8", "replace") for one in header.split(",")
+    ]
+    return timestamp != "" and any(hmac.compare_digest(right, one) for one in given)
 
 
 def signed_at(header: str) -> str:
@@ -1051,8 +1051,7 @@ class Gemini:
 
     def request(self, history: list[Turn], config: Config) -> Config:
         """A request, as google-genai's config; what `config` says goes first."""
-        instruction = f"{self.agent.persona}\n{self.agent.voice_rules}"
-        request: Config = {"system_instruction": instruction}
+        request: Config = {}
         if self.thinking:
             is_budget = self.thinking.lstrip("-").isdecimal()
             name = "thinking_budget" if is_budget else "thinking_level"
@@ -1062,7 +1061,11 @@ class Gemini:
         # Every caller waits while google-genai builds contents: 0.25 ms for
         # each message. An extra_body is only merged over the empty contents:
         # 1.5 ms for 40 turns.
-        request["http_options"] = {"extra_body": {"contents": contents(history)}}
+        body: Event = {"contents": contents(history)}
+        if "system_instruction" not in config:
+            instruction = f"{self.agent.persona}\n{self.agent.voice_rules}"
+            body["systemInstruction"] = {"parts": [{"text": instruction}]}
+        request["http_options"] = {"extra_body": body}
         # It would ask with the same contents again, and call a function twice.
         request["automatic_function_calling"] = {"disable": True}
         return request
