@@ -598,7 +598,7 @@ class Server:
         except (aiohttp.ClientError, TimeoutError) as error:
             is_late = isinstance(error, TimeoutError)
             refusal = web.HTTPGatewayTimeout if is_late else web.HTTPBadGateway
-            reason = f"Layercode could not be asked: {type(error).__name__}"
+            reason = f"Layercode could not be reached: {type(error).__name__}"
             raise refusal(reason=reason) from None
         # An answer that quotes the request must not show the page the key.
         body = body.replace(key.encode(), b"***")
@@ -1047,7 +1047,7 @@ class Gemini:
         except Exception as error:
             # If the connection fails, the question itself will tell.
             if isinstance(error, self.error):
-                log.warning("Gemini will not answer: %s", self.explain(error))
+                log.warning("Gemini will refuse to answer: %s", self.explain(error))
 
     def request(self, history: list[Turn], config: Config) -> Config:
         """A request, as google-genai's config; what `config` says goes first."""
@@ -1061,11 +1061,13 @@ class Gemini:
         # Every caller waits while google-genai builds contents: 0.25 ms for
         # each message. An extra_body is only merged over the empty contents:
         # 1.5 ms for 40 turns.
-        body: Event = {"contents": contents(history)}
+        options: Any = dict(config.get("http_options") or {})
+        body = {"contents": contents(history), **options.get("extra_body", {})}
         if "system_instruction" not in config:
             instruction = f"{self.agent.persona}\n{self.agent.voice_rules}"
             body["systemInstruction"] = {"parts": [{"text": instruction}]}
-        request["http_options"] = {"extra_body": body}
+        options["extra_body"] = body
+        request["http_options"] = options
         # It would ask with the same contents again, and call a function twice.
         request["automatic_function_calling"] = {"disable": True}
         return request
