@@ -17,6 +17,7 @@ import hashlib
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,8 +25,7 @@ from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fakes import Answer, start_gemini
-from served import ROOT, edition
+from served import ROOT, Answer, start_gemini
 
 README = ROOT / "README.md"
 CHAT = ROOT / ".github" / "chat.svg"
@@ -72,8 +72,9 @@ async def chat() -> str:
     answers = iter(ANSWERS)
     gemini = await start_gemini(lambda words: next(answers))
     settings = {"GOOGLE_GENERATIVE_AI_API_KEY": "key", "GOOGLE_GEMINI_BASE_URL": gemini}
-    with edition("agent.py") as folder:
-        (folder / "pizza.py").write_text(block("python", "pizza.py:"), "utf-8")
+    with TemporaryDirectory() as folder:
+        shutil.copy(ROOT / "agent.py", folder)
+        Path(folder, "pizza.py").write_text(block("python", "pizza.py:"), "utf-8")
         child, terminal = pty.fork()
         if child == 0:
             os.chdir(folder)

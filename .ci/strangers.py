@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import random
 import resource
@@ -26,48 +25,25 @@ import subprocess
 import sys
 import time
 import zlib
-from collections import Counter
+from asyncio import StreamReader, StreamWriter
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
-from fakes import Answer, Caller, start_gemini
-from served import Served, edition, served, show
+from served import Answer, Caller, Served, served, show, start_gemini
 
 # Milliseconds to the first word that are promised beside all of them.
 PROMISE = 250
-# What is counted of what strangers send.
-SENT = ("kB", "connects", "requests")
 CALLERS = 20
 MIB = 2**20
 
 # ---- The strangers -------------------------------------------------------------------
 
 
-class Stranger:
-    """A connection to the agent, which counts what it sends."""
-
-    def __init__(self, sock: socket.socket, sent: Counter[str]) -> None:
-        self.sock = sock
-        self.sent = sent
-        self.loop = asyncio.get_running_loop()
-
-    async def send(self, data: bytes) -> None:
-        """Sends all of it."""
-        await self.loop.sock_sendall(self.sock, data)
-        self.sent["kB"] += len(data) // 1000
-
-    async def receive(self) -> bytes:
-        """Something that the agent sends; nothing if it has hung up."""
-        return await self.loop.sock_recv(self.sock, MIB)
-
-    async def hear_out(self) -> None:
-        """Waits until the agent has hung up."""
-        while await self.receive():
-            pass
-
-
-def request(path: str, *head: str) -> bytes:
-    """A POST request without its body."""
-    return "\r\n".join([f"POST {path} HTTP/1.1", "Host: agent", *head, "", ""]).encode()
+async def send(writer: StreamWriter, path: str, head: str, body: bytes = b"") -> None:
+    """Sends a POST request, of which the body need not be whole."""
+    lines = f"POST {path} HTTP/1.1\r\nHost: agent\r\n{head}\r\n\r\n"
+    writer.write(lines.encode() + body)
+    await writer.drain()
 
 
 def bomb() -> bytes:
@@ -82,63 +58,62 @@ def bomb() -> bytes:
 BOMB = bomb()
 
 
-async def send_bombs(stranger: Stranger) -> None:
+async def send_bombs(reader: StreamReader, writer: StreamWriter) -> None:
     """Sends 1 MB that inflates to 1 GB, and waits for the answer."""
-    head = ("Content-Encoding: gzip", f"Content-Length: {len(BOMB)}")
-    await stranger.send(request("/agent", *head) + BOMB)
-    await stranger.receive()
+    head = f"Content-Encoding: gzip\r\nContent-Length: {len(BOMB)}"
+    await send(writer, "/agent", head, BOMB)
+    await reader.read(MIB)
 
 
-async def never_end(stranger: Stranger) -> None:
+async def never_end(reader: StreamReader, writer: StreamWriter) -> None:
     """Sends a body of 1 MB, but for its last bytes."""
-    length = f"Content-Length: {MIB}"
-    await stranger.send(request("/agent", length) + bytes(MIB - 100))
-    await stranger.hear_out()
+    await send(writer, "/agent", f"Content-Length: {MIB}", bytes(MIB - 100))
+    await reader.read()
 
 
-async def send_single_bytes(stranger: Stranger) -> None:
+async def send_single_bytes(reader: StreamReader, writer: StreamWriter) -> None:
     """Sends a body in chunks of one byte, as fast as they are taken."""
-    await stranger.send(request("/agent", "Transfer-Encoding: chunked"))
+    await send(writer, "/agent", "Transfer-Encoding: chunked")
     chunks = b"1\r\nx\r\n" * 10_000
     while True:
-        await stranger.send(chunks)
+        writer.write(chunks)
+        await writer.drain()
 
 
-async def send_bodies(stranger: Stranger) -> None:
+async def send_bodies(reader: StreamReader, writer: StreamWriter) -> None:
     """Sends bodies of 1 MB, as fast as they are taken."""
-    message = request("/agent", f"Content-Length: {10**6}") + bytes(10**6)
-    while True:
-        await stranger.send(message)
-        if not await stranger.receive():
-            return
+    while not reader.at_eof():
+        await send(writer, "/agent", f"Content-Length: {10**6}", bytes(10**6))
+        await reader.read(MIB)
 
 
-async def authorize(stranger: Stranger) -> None:
+async def authorize(reader: StreamReader, writer: StreamWriter) -> None:
     """Asks for a session, which Layercode's API does not give."""
-    await stranger.send(request("/authorize", "Content-Length: 18"))
-    await stranger.send(b'{"agent_id": "me"}')
-    await stranger.receive()
+    await send(writer, "/authorize", "Content-Length: 18", b'{"agent_id": "me"}')
+    await reader.read(MIB)
 
 
-async def be_refused(stranger: Stranger) -> None:
+async def be_refused(reader: StreamReader, writer: StreamWriter) -> None:
     """Sends 100 webhooks without a signature in a second."""
-    message = request("/agent", "Content-Length: 2") + b"{}"
-    while True:
-        await stranger.send(message * 10)
-        stranger.sent["requests"] += 10
+    while not reader.at_eof():
+        for _ in range(10):
+            await send(writer, "/agent", "Content-Length: 2", b"{}")
         await asyncio.sleep(0.1)
-        if not await stranger.receive():
-            return
+        await reader.read(MIB)
 
 
-async def talk_nonsense(stranger: Stranger) -> None:
+async def talk_nonsense(reader: StreamReader, writer: StreamWriter) -> None:
     """Sends what is not HTTP."""
-    stranger.sent["requests"] += 1
-    await stranger.send(b"\x16\x03\x01 \r\n\r\n")
-    await stranger.hear_out()
+    writer.write(b"\x16\x03\x01 \r\n\r\n")
+    await reader.read()
 
 
-Kind = Callable[[Stranger], Awaitable[None]]
+async def say_nothing(reader: StreamReader, writer: StreamWriter) -> None:
+    """Waits until the agent hangs up."""
+    await reader.read()
+
+
+Kind = Callable[[StreamReader, StreamWriter], Awaitable[None]]
 # How many come, by the name of their row.
 ROWS: dict[str, dict[Kind, int]] = {
     "nobody": {},
@@ -147,7 +122,7 @@ ROWS: dict[str, dict[Kind, int]] = {
     "one-byte-16": {send_single_bytes: 16},
     "bodies": {send_bodies: 4},
     "authorize": {authorize: 500},
-    "idle": {Stranger.hear_out: 1000},
+    "idle": {say_nothing: 1000},
     "refused": {be_refused: 30, talk_nonsense: 20},
     "endless": {never_end: 1000},
     "together": {
@@ -155,24 +130,26 @@ ROWS: dict[str, dict[Kind, int]] = {
         never_end: 300,
         send_single_bytes: 4,
         authorize: 500,
-        Stranger.hear_out: 1000,
+        say_nothing: 1000,
     },
 }
 
 
-async def be_strangers(port: int, row: str, seconds: float) -> Counter[str]:
-    """Has strangers come, and come again, for some seconds; returns what they sent."""
-    sent: Counter[str] = Counter()
+async def be_strangers(port: int, row: str, seconds: float) -> int:
+    """Has strangers come, and come again, for some seconds; says how often they did."""
+    connects = 0
 
     async def be(kind: Kind, pause: float) -> None:
+        nonlocal connects
         await asyncio.sleep(random.uniform(0, seconds / 4))
         while True:
-            with contextlib.suppress(OSError), socket.socket() as sock:
-                sock.setblocking(False)
-                loop = asyncio.get_running_loop()
-                await loop.sock_connect(sock, ("127.0.0.1", port))
-                sent["connects"] += 1
-                await kind(Stranger(sock, sent))
+            with contextlib.suppress(OSError):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                connects += 1
+                try:
+                    await kind(reader, writer)
+                finally:
+                    writer.transport.abort()
             await asyncio.sleep(pause)
 
     with contextlib.suppress(TimeoutError):
@@ -181,7 +158,7 @@ async def be_strangers(port: int, row: str, seconds: float) -> Counter[str]:
                 for _ in range(many):
                     # A few come back at once, a thousand together as often.
                     tasks.create_task(be(kind, many / 2000))
-    return sent
+    return connects
 
 
 # ---- The callers ---------------------------------------------------------------------
@@ -224,63 +201,65 @@ def send_strangers(row: str, agent: Served, seconds: float) -> subprocess.Popen[
     return subprocess.Popen(command, stdout=subprocess.PIPE)
 
 
-async def measure(agent: Served, row: str, seconds: float) -> bool:
+def mib(proc: Path, name: str) -> int:
+    """A process's memory now (VmRSS), or the most of it (VmHWM)."""
+    status = (proc / "status").read_text()
+    return int(status.partition(f"{name}:")[2].split()[0]) // 1024
+
+
+async def measure(agent: Served, proc: Path, row: str, seconds: float) -> bool:
     """Prints a row; returns whether it is as promised."""
-    agent.forget_peak()
-    logged = agent.log_size()
+    # The most memory is that of this row.
+    (proc / "clear_refs").write_text("5")
+    logged = agent.log.stat().st_size
     begun = time.perf_counter()
     with send_strangers(row, agent, seconds) as process:
         waits = await take_turns(agent.port, seconds)
-        sent = json.loads(process.communicate()[0])
+        connects = int(process.communicate()[0])
     took = time.perf_counter() - begun
-    figures = [sent.get(what, 0) for what in SENT]
-    figures.append((agent.log_size() - logged) / 1024)
+    figures = [connects, (agent.log.stat().st_size - logged) / 1024]
     rates = [round(figure / took) for figure in figures]
     median = round(statistics.median(waits), 1)
     worst = round(max(waits), 1)
-    show(row, median, worst, len(waits), agent.mib("VmHWM"), *rates)
+    show(row, median, worst, len(waits), mib(proc, "VmHWM"), *rates)
     return worst <= PROMISE
 
 
-async def measure_all(
-    which: str, rows: list[str], seconds: float, minute: float
-) -> list[str]:
-    """Measures rows of an edition; returns those that are not as promised."""
+async def measure_all(given: argparse.Namespace) -> None:
+    """Measures rows of an edition; fails if they are not as promised."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[-1:])
     gemini = await start_gemini(lambda words: Answer())
-    with (
-        # The system takes connections for it, and it never answers.
-        socket.create_server(("127.0.0.1", 0), backlog=4096) as layercode,
-        edition(which) as folder,
-        served(
-            folder,
-            gemini,
-            LAYERCODE_API_KEY="key",
-            LAYERCODE_API_URL=f"http://127.0.0.1:{layercode.getsockname()[1]}",
-        ) as agent,
-    ):
-        os.sched_setaffinity(agent.process.pid, cores[:1])
-        await take_turns(agent.port, 2)
-        rates = [f"{what}/s" for what in (*SENT, "log KiB")]
-        show("", "median ms", "worst ms", "turns", "peak MiB", *rates)
-        broken = []
-        for row in rows:
-            if not await measure(agent, row, seconds):
-                broken.append(row)
-            await asyncio.sleep(1)
-        await asyncio.sleep(minute)
-        tasks, _ = agent.tell()
-        mib = agent.mib("VmRSS")
-        print(f"{minute:g} s after: {mib} MiB, {agent.files()} files, {tasks} tasks")
-        with send_strangers("together", agent, seconds) as process:
-            await asyncio.sleep(seconds / 2)
-            begun = time.perf_counter()
-            agent.process.terminate()
-            await asyncio.to_thread(agent.process.wait, 60)
-            print(f"a stop beside all of them: {time.perf_counter() - begun:.1f} s")
-            process.communicate()
-        return broken
+    # The system takes connections for it, and it never answers.
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as layercode:
+        url = f"http://127.0.0.1:{layercode.getsockname()[1]}"
+        api = {"LAYERCODE_API_KEY": "key", "LAYERCODE_API_URL": url}
+        with served(given.agent, gemini, **api) as agent:
+            os.sched_setaffinity(agent.process.pid, cores[:1])
+            proc = Path(f"/proc/{agent.process.pid}")
+            await take_turns(agent.port, 2)
+            columns = ("median ms", "worst ms", "turns", "peak MiB")
+            show("", *columns, "connects/s", "log KiB/s")
+            broken = []
+            for row in given.rows:
+                if not await measure(agent, proc, row, given.seconds):
+                    broken.append(row)
+                await asyncio.sleep(1)
+            await asyncio.sleep(given.minute)
+            tasks, _ = agent.tell()
+            files = len(list((proc / "fd").iterdir()))
+            held = f"{mib(proc, 'VmRSS')} MiB, {files} files, {tasks} tasks"
+            print(f"{given.minute:g} s after: {held}")
+            with send_strangers("together", agent, given.seconds) as process:
+                await asyncio.sleep(given.seconds / 2)
+                begun = time.perf_counter()
+                agent.process.terminate()
+                await asyncio.to_thread(agent.process.wait, 60)
+                took = time.perf_counter() - begun
+                print(f"a stop beside all of them: {took:.1f} s")
+                process.communicate()
+    if broken:
+        sys.exit(f"More than {PROMISE} ms, or no answer: {', '.join(broken)}")
 
 
 def main() -> None:
@@ -296,14 +275,9 @@ def main() -> None:
     parser.add_argument("--be", type=int, metavar="PORT", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.be:
-        sent = asyncio.run(be_strangers(given.be, given.rows[0], given.seconds))
-        print(json.dumps(sent))
-        return
-    broken = asyncio.run(
-        measure_all(given.agent, given.rows, given.seconds, given.minute)
-    )
-    if broken:
-        sys.exit(f"More than {PROMISE} ms, or no answer: {', '.join(broken)}")
+        print(asyncio.run(be_strangers(given.be, given.rows[0], given.seconds)))
+    else:
+        asyncio.run(measure_all(given))
 
 
 if __name__ == "__main__":
