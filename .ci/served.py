@@ -158,6 +158,11 @@ class Served:
     port: int
     log: Path
 
+    @property
+    def url(self) -> str:
+        """Where it serves."""
+        return f"http://127.0.0.1:{self.port}"
+
     def tell(self) -> tuple[int, int]:
         """Its tasks, and the bytes in use, counted from the first time on."""
         self.process.send_signal(signal.SIGUSR1)

@@ -12,15 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from subprocess import PIPE, Popen
 from typing import Any
 
 import pytest
 import recipes
 from aiohttp import web
 from ports import free_port
+from served import running
 
 PATIENCE = 20  # Seconds that anything may take on a machine that is busy.
 # Chromium has a fake microphone and, because there is nothing but this machine, no CDN.
@@ -89,24 +88,11 @@ class Browser:
         return [line for _, *line in sorted(lines) if line[-1]]
 
 
-@contextmanager
-def running(program: str, argument: str, up: str, **settings: str) -> Iterator[None]:
-    """Runs a program, from when it says that it is up."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **settings}
-    with Popen([program, argument], stdout=PIPE, env=environment) as process:
-        try:
-            assert process.stdout is not None
-            assert any(up.encode() in line for line in process.stdout), "it has ended"
-            yield
-        finally:
-            process.kill()
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """One Chromium for all tests."""
     port = free_port()
-    with running("chromedriver", f"--port={port}", "started successfully"):
+    with running("chromedriver", f"--port={port}", up="started successfully"):
         browser = Browser(port)
         yield browser
         browser.command("", "DELETE")
@@ -128,9 +114,8 @@ export default class {
 
 def save_page(folder: Path, sdk: str = STUB, agent_id: str = "an-agent") -> Path:
     """Saves the page as README.md has it, but for the SDK and the agent's id."""
-    readme = recipes.README.read_text("utf-8")
-    [text] = re.findall(r"(?ms)^```html\n(.*?)^```$", readme)
     url = f"data:text/javascript;base64,{base64.b64encode(sdk.encode()).decode()}"
+    text = recipes.block("index.html")
     text = re.sub(r"https://cdn\S+\.esm\.js", url, text) if sdk else text
     file = folder / "index.html"
     file.write_text(text.replace('"your-agent-id"', f'"{agent_id}"', 1), "utf-8")
@@ -230,18 +215,19 @@ async def layercode(request: web.Request) -> web.StreamResponse:
 def test_the_real_sdk_gets_its_session_from_the_agent_that_serves_the_page(
     browser: Browser, tmp_path: Path
 ) -> None:
-    port, cloud = str(free_port()), free_port()
+    cloud = free_port()
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", layercode)
     how = {"port": cloud, "handle_signals": False, "print": None}
     threading.Thread(target=web.run_app, args=[app], kwargs=how, daemon=True).start()
     sdk = Path(os.environ["LAYERCODE_JS_SDK"]).read_text("utf-8")
     sdk = sdk.replace("wss://api.layercode.com", f"ws://127.0.0.1:{cloud}")
-    settings = {"PORT": port, "LAYERCODE_API_URL": f"http://127.0.0.1:{cloud}"}
-    file = shutil.copy(recipes.AGENT, str(tmp_path))
-    with running(sys.executable, file, "Up", LAYERCODE_API_KEY="A-KEY", **settings):
+    settings = {"LAYERCODE_API_URL": f"http://127.0.0.1:{cloud}"}
+    settings["LAYERCODE_API_KEY"] = "A-KEY"
+    file = shutil.copy(recipes.AGENT, tmp_path)
+    with running(sys.executable, str(file), up="Up", **settings) as served:
         save_page(tmp_path, sdk, "another-agent")
-        browser.open(f"http://127.0.0.1:{port}")
+        browser.open(served.url)
         browser.press("Start talking")
         browser.shows("insufficient balance")
         save_page(tmp_path, sdk, "an-agent")
@@ -301,9 +287,9 @@ def pizza(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     file = tmp_path_factory.mktemp("pizza") / "pizza.py"
     recipes.save("talk.py", file.parent)
     file.write_text(PIZZA)
-    settings = {"PORT": str(free_port()), "HOST": "0.0.0.0", "LAYERCODE_API_KEY": "KEY"}
-    with running(sys.executable, str(file), "http://127.0.0.1", **settings):
-        yield f"http://127.0.0.1:{settings['PORT']}"
+    settings = {"HOST": "0.0.0.0", "LAYERCODE_API_KEY": "KEY"}
+    with running(sys.executable, str(file), up="http://127", **settings) as served:
+        yield served.url
 
 
 @pytest.fixture
@@ -406,9 +392,8 @@ def test_no_other_page_gets_anything(method: str, pizza: str) -> None:
 
 def test_it_needs_no_keys_and_no_voice(browser: Browser, tmp_path: Path) -> None:
     file = recipes.save("talk.py", tmp_path)
-    port = str(free_port())
-    with running(sys.executable, str(file), "http://127.0.0.1", PORT=port):
-        browser.open(f"http://127.0.0.1:{port}", SENSES + "window.voices = [];")
+    with running(sys.executable, str(file), up="http://127") as served:
+        browser.open(served.url, SENSES + "window.voices = [];")
         browser.press("Call")
         browser.shows("How can I help you today?")
         browser.use("input", "value", text="Good morning\n")
