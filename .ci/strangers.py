@@ -25,8 +25,7 @@ import subprocess
 import sys
 import time
 import zlib
-from asyncio import StreamReader, StreamWriter
-from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from served import Answer, Caller, Served, served, show, start_gemini
@@ -39,11 +38,34 @@ MIB = 2**20
 # ---- The strangers -------------------------------------------------------------------
 
 
-async def send(writer: StreamWriter, path: str, head: str, body: bytes = b"") -> None:
-    """Sends a POST request, of which the body need not be whole."""
-    lines = f"POST {path} HTTP/1.1\r\nHost: agent\r\n{head}\r\n\r\n"
-    writer.write(lines.encode() + body)
-    await writer.drain()
+@dataclass(frozen=True)
+class Stranger:
+    """What one sends; then, one waits for an answer, or until the agent hangs up."""
+
+    first: bytes = b""
+    leaves: bool = False
+    # Sent until the agent hangs up, as fast as it is taken, but with a pause.
+    more: bytes = b""
+    pause: float = 0
+
+    async def come(self, port: int) -> None:
+        """Connects, sends, and waits."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            writer.write(self.first)
+            while self.more:
+                writer.write(self.more)
+                await writer.drain()
+                await asyncio.sleep(self.pause)
+            await reader.read(MIB if self.leaves else -1)
+        finally:
+            writer.transport.abort()
+
+
+def post(path: str, body: bytes, head: str = "", missing: int = 0) -> bytes:
+    """A POST request, of which the last bytes are missing."""
+    head = head or f"Content-Length: {len(body) + missing}"
+    return f"POST {path} HTTP/1.1\r\nHost: agent\r\n{head}\r\n\r\n".encode() + body
 
 
 def bomb() -> bytes:
@@ -52,113 +74,57 @@ def bomb() -> bytes:
     gzip = zlib.compressobj(9, zlib.DEFLATED, with_gzip_header)
     header = gzip.compress(b"") + gzip.flush(zlib.Z_FULL_FLUSH)
     zeros = gzip.compress(bytes(MIB)) + gzip.flush(zlib.Z_FULL_FLUSH)
-    return header + zeros * 1000
+    body = header + zeros * 1000
+    head = f"Content-Encoding: gzip\r\nContent-Length: {len(body)}"
+    return post("/agent", body, head)
 
 
-BOMB = bomb()
-
-
-async def send_bombs(reader: StreamReader, writer: StreamWriter) -> None:
-    """Sends 1 MB that inflates to 1 GB, and waits for the answer."""
-    head = f"Content-Encoding: gzip\r\nContent-Length: {len(BOMB)}"
-    await send(writer, "/agent", head, BOMB)
-    await reader.read(MIB)
-
-
-async def never_end(reader: StreamReader, writer: StreamWriter) -> None:
-    """Sends a body of 1 MB, but for its last bytes."""
-    await send(writer, "/agent", f"Content-Length: {MIB}", bytes(MIB - 100))
-    await reader.read()
-
-
-async def send_single_bytes(reader: StreamReader, writer: StreamWriter) -> None:
-    """Sends a body in chunks of one byte, as fast as they are taken."""
-    await send(writer, "/agent", "Transfer-Encoding: chunked")
-    chunks = b"1\r\nx\r\n" * 10_000
-    while True:
-        writer.write(chunks)
-        await writer.drain()
-
-
-async def send_bodies(reader: StreamReader, writer: StreamWriter) -> None:
-    """Sends bodies of 1 MB, as fast as they are taken."""
-    while not reader.at_eof():
-        await send(writer, "/agent", f"Content-Length: {10**6}", bytes(10**6))
-        await reader.read(MIB)
-
-
-async def authorize(reader: StreamReader, writer: StreamWriter) -> None:
-    """Asks for a session, which Layercode's API does not give."""
-    await send(writer, "/authorize", "Content-Length: 18", b'{"agent_id": "me"}')
-    await reader.read(MIB)
-
-
-async def be_refused(reader: StreamReader, writer: StreamWriter) -> None:
-    """Sends 100 webhooks without a signature in a second."""
-    while not reader.at_eof():
-        for _ in range(10):
-            await send(writer, "/agent", "Content-Length: 2", b"{}")
-        await asyncio.sleep(0.1)
-        await reader.read(MIB)
-
-
-async def talk_nonsense(reader: StreamReader, writer: StreamWriter) -> None:
-    """Sends what is not HTTP."""
-    writer.write(b"\x16\x03\x01 \r\n\r\n")
-    await reader.read()
-
-
-async def say_nothing(reader: StreamReader, writer: StreamWriter) -> None:
-    """Waits until the agent hangs up."""
-    await reader.read()
-
-
-Kind = Callable[[StreamReader, StreamWriter], Awaitable[None]]
+BOMB = Stranger(bomb(), leaves=True)
+ENDLESS = Stranger(post("/agent", bytes(MIB), missing=100))
+CHUNKED = post("/agent", b"", "Transfer-Encoding: chunked")
+SINGLE_BYTES = Stranger(CHUNKED, more=b"1\r\nx\r\n" * 10_000)
+BODIES = Stranger(more=post("/agent", bytes(10**6)))
+# Asks for a session, which Layercode's API does not give.
+PAGE = Stranger(post("/authorize", b'{"agent_id": "me"}'), leaves=True)
+# 100 webhooks without a signature in a second.
+REFUSED = Stranger(more=post("/agent", b"{}") * 10, pause=0.1)
+NONSENSE = Stranger(b"\x16\x03\x01 \r\n\r\n")
+IDLE = Stranger()
 # How many come, by the name of their row.
-ROWS: dict[str, dict[Kind, int]] = {
+ROWS: dict[str, dict[Stranger, int]] = {
     "nobody": {},
-    "bombs": {send_bombs: 3},
-    "one-byte-4": {send_single_bytes: 4},
-    "one-byte-16": {send_single_bytes: 16},
-    "bodies": {send_bodies: 4},
-    "authorize": {authorize: 500},
-    "idle": {say_nothing: 1000},
-    "refused": {be_refused: 30, talk_nonsense: 20},
-    "endless": {never_end: 1000},
-    "together": {
-        send_bombs: 3,
-        never_end: 300,
-        send_single_bytes: 4,
-        authorize: 500,
-        say_nothing: 1000,
-    },
+    "bombs": {BOMB: 3},
+    "one-byte-4": {SINGLE_BYTES: 4},
+    "one-byte-16": {SINGLE_BYTES: 16},
+    "bodies": {BODIES: 4},
+    "authorize": {PAGE: 500},
+    "idle": {IDLE: 1000},
+    "refused": {REFUSED: 30, NONSENSE: 20},
+    "endless": {ENDLESS: 1000},
+    "together": {BOMB: 3, ENDLESS: 300, SINGLE_BYTES: 4, PAGE: 500, IDLE: 1000},
 }
 
 
 async def be_strangers(port: int, row: str, seconds: float) -> int:
     """Has strangers come, and come again, for some seconds; says how often they did."""
-    connects = 0
+    times = 0
 
-    async def be(kind: Kind, pause: float) -> None:
-        nonlocal connects
+    async def be(stranger: Stranger, pause: float) -> None:
+        nonlocal times
         await asyncio.sleep(random.uniform(0, seconds / 4))
         while True:
+            times += 1
             with contextlib.suppress(OSError):
-                reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                connects += 1
-                try:
-                    await kind(reader, writer)
-                finally:
-                    writer.transport.abort()
+                await stranger.come(port)
             await asyncio.sleep(pause)
 
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds), asyncio.TaskGroup() as tasks:
-            for kind, many in ROWS[row].items():
+            for stranger, many in ROWS[row].items():
                 for _ in range(many):
                     # A few come back at once, a thousand together as often.
-                    tasks.create_task(be(kind, many / 2000))
-    return connects
+                    tasks.create_task(be(stranger, many / 2000))
+    return times
 
 
 # ---- The callers ---------------------------------------------------------------------
@@ -215,9 +181,9 @@ async def measure(agent: Served, proc: Path, row: str, seconds: float) -> bool:
     begun = time.perf_counter()
     with send_strangers(row, agent, seconds) as process:
         waits = await take_turns(agent.port, seconds)
-        connects = int(process.communicate()[0])
+        came = int(process.communicate()[0])
     took = time.perf_counter() - begun
-    figures = [connects, (agent.log.stat().st_size - logged) / 1024]
+    figures = [came, (agent.log.stat().st_size - logged) / 1024]
     rates = [round(figure / took) for figure in figures]
     median = round(statistics.median(waits), 1)
     worst = round(max(waits), 1)
@@ -239,7 +205,7 @@ async def measure_all(given: argparse.Namespace) -> None:
             proc = Path(f"/proc/{agent.process.pid}")
             await take_turns(agent.port, 2)
             columns = ("median ms", "worst ms", "turns", "peak MiB")
-            show("", *columns, "connects/s", "log KiB/s")
+            show("", *columns, "come/s", "log KiB/s")
             broken = []
             for row in given.rows:
                 if not await measure(agent, proc, row, given.seconds):
