@@ -27,7 +27,6 @@ from tempfile import TemporaryDirectory
 
 from served import ROOT, Answer, start_gemini
 
-README = ROOT / "README.md"
 CHAT = ROOT / ".github" / "chat.svg"
 PAGE = ROOT / ".github" / "page.png"
 ANSWERS = [
@@ -63,8 +62,20 @@ export default function (page) {
 
 def block(language: str, words: str) -> str:
     """The block of README.md in a language that has these words in it."""
-    blocks = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", README.read_text("utf-8"))
+    readme = (ROOT / "README.md").read_text("utf-8")
+    blocks = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", readme)
     return next(str(block) for block in blocks if words in block)
+
+
+def save_page(folder: Path, sdk: str, agent_id: str) -> Path:
+    """Saves the page as README.md has it, but for the SDK and the agent's id."""
+    page = block("html", "js-sdk").replace("your-agent-id", agent_id, 1)
+    if sdk:
+        url = f"data:text/javascript;base64,{base64.b64encode(sdk.encode()).decode()}"
+        page = re.sub(r"https://cdn\.\S+\.esm\.js", url, page)
+    file = folder / "index.html"
+    file.write_text(page, "utf-8")
+    return file
 
 
 async def chat() -> str:
@@ -110,15 +121,12 @@ def draw(shown: str) -> str:
 
 def photograph() -> bytes:
     """A picture of README.md's page in a call, as PNG, and behind it the hash."""
-    sdk = "data:text/javascript;base64," + base64.b64encode(SDK.encode()).decode()
-    page = re.sub(r"https://cdn\.\S+\.esm\.js", sdk, block("html", "js-sdk"))
     with TemporaryDirectory() as folder:
-        file = Path(folder, "index.html")
-        file.write_text(page.replace('"your-agent-id";', '"agent_1";'), "utf-8")
+        url = save_page(Path(folder), SDK, "agent_1").as_uri()
         picture = Path(folder, "page.png")
         command = "chromium --headless --no-sandbox --hide-scrollbars --dump-dom"
         command += " --virtual-time-budget=2000 --force-device-scale-factor=2"
-        command += f" --window-size=620,370 --screenshot={picture} {file.as_uri()}"
+        command += f" --window-size=620,370 --screenshot={picture} {url}"
         shown = subprocess.check_output(command.split(), stderr=subprocess.DEVNULL)
         return picture.read_bytes() + hashlib.sha256(shown).hexdigest().encode()
 

@@ -207,7 +207,9 @@ def served(
     with TemporaryDirectory() as folder:
         text = subprocess.check_output(command, cwd=ROOT)
         Path(folder, "agent.py").write_bytes(text)
-        with running(*program, up="^Up", folder=folder, **given | settings) as one:
+        with running(
+            *program, up="Up|Running on", folder=folder, **given | settings
+        ) as one:
             yield one
 
 

@@ -3,7 +3,6 @@
     python .ci/strangers.py                       everything, in four minutes
     python .ci/strangers.py bombs one-byte-16     only these strangers
     python .ci/strangers.py --agent WHICH         another edition: a file, or a revision
-    python .ci/strangers.py --seconds 5 --minute 15     in less time
 
 All strangers are unsigned. They have a process of their own, which goes to 127.0.0.1
 alone, ends after its seconds, and is the least important to the system; the agent has a
@@ -145,11 +144,11 @@ async def take_turns(port: int, seconds: float) -> list[float]:
         while time.perf_counter() < over:
             begun = time.perf_counter()
             await caller.connect()
-            connected = time.perf_counter() - begun
+            wait = time.perf_counter() - begun
             heard = await caller.say("Hello.")
             caller.writer.close()
             is_answer = heard.is_whole and heard.delays
-            wait = connected + heard.first_word if is_answer else float("inf")
+            wait += heard.first_word if is_answer else float("inf")
             waits.append(1000 * wait)
             await asyncio.sleep(random.uniform(0.3, 1.1))
 
@@ -183,12 +182,11 @@ async def measure(agent: Served, proc: Path, row: str, seconds: float) -> bool:
         waits = await take_turns(agent.port, seconds)
         came = int(process.communicate()[0])
     took = time.perf_counter() - begun
-    figures = [came, (agent.log.stat().st_size - logged) / 1024]
-    rates = [round(figure / took) for figure in figures]
-    median = round(statistics.median(waits), 1)
-    worst = round(max(waits), 1)
-    show(row, median, worst, len(waits), mib(proc, "VmHWM"), *rates)
-    return worst <= PROMISE
+    logged = agent.log.stat().st_size - logged
+    rates = (round(came / took), round(logged / 1024 / took))
+    waits_shown = (round(statistics.median(waits), 1), round(max(waits), 1))
+    show(row, *waits_shown, len(waits), mib(proc, "VmHWM"), *rates)
+    return max(waits) <= PROMISE
 
 
 async def measure_all(given: argparse.Namespace) -> None:
@@ -206,10 +204,9 @@ async def measure_all(given: argparse.Namespace) -> None:
             await take_turns(agent.port, 2)
             columns = ("median ms", "worst ms", "turns", "peak MiB")
             show("", *columns, "come/s", "log KiB/s")
-            broken = []
+            wrong = []
             for row in given.rows:
-                if not await measure(agent, proc, row, given.seconds):
-                    broken.append(row)
+                wrong += [row] * (not await measure(agent, proc, row, given.seconds))
                 await asyncio.sleep(1)
             await asyncio.sleep(given.minute)
             tasks, _ = agent.tell()
@@ -221,11 +218,10 @@ async def measure_all(given: argparse.Namespace) -> None:
                 begun = time.perf_counter()
                 agent.process.terminate()
                 await asyncio.to_thread(agent.process.wait, 60)
-                took = time.perf_counter() - begun
-                print(f"a stop beside all of them: {took:.1f} s")
+                print(f"a stop beside all: {time.perf_counter() - begun:.1f} s")
                 process.communicate()
-    if broken:
-        sys.exit(f"More than {PROMISE} ms, or no answer: {', '.join(broken)}")
+    if wrong:
+        sys.exit(f"More than {PROMISE} ms, or no answer: {', '.join(wrong)}")
 
 
 def main() -> None:

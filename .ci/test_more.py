@@ -9,7 +9,6 @@ import signal
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import certifi
@@ -174,16 +173,9 @@ async def test_a_wrong_key_is_told_at_once(serve: Serve, gemini: Any) -> None:
     assert "Gemini will refuse to answer: ClientError 400 " in caller.log()[0]
 
 
-async def test_a_browser_is_shown_a_page_or_that_the_agent_is_up(
-    caller: Any, tmp_path: Path, monkeypatch: Patch
-) -> None:
+async def test_a_browser_is_shown_that_the_agent_is_up(caller: Any) -> None:
     async with caller.http.get(caller.url) as response:
         assert (response.status, await response.text()) == (200, "The agent is up.\n")
-    monkeypatch.setattr(agent, "__file__", str(tmp_path / "agent.py"))
-    (tmp_path / "index.html").write_text("<p>Talk to me</p>")
-    async with caller.http.get(caller.url) as response:
-        assert response.content_type == "text/html"
-        assert await response.text() == "<p>Talk to me</p>"
     async with caller.http.get(caller.url + "/agent") as response:
         assert (response.status, response.headers["Allow"]) == (405, "POST")
 

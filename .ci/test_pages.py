@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import http.client
 import json
 import os
-import re
 import shutil
 import sys
 import threading
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 import recipes
 from aiohttp import web
+from pictures import save_page
 from ports import free_port
 from served import running
 
@@ -112,20 +111,10 @@ export default class {
 """
 
 
-def save_page(folder: Path, sdk: str = STUB, agent_id: str = "an-agent") -> Path:
-    """Saves the page as README.md has it, but for the SDK and the agent's id."""
-    url = f"data:text/javascript;base64,{base64.b64encode(sdk.encode()).decode()}"
-    text = recipes.block("index.html")
-    text = re.sub(r"https://cdn\S+\.esm\.js", url, text) if sdk else text
-    file = folder / "index.html"
-    file.write_text(text.replace('"your-agent-id"', f'"{agent_id}"', 1), "utf-8")
-    return file
-
-
 @pytest.fixture
 def page(browser: Browser, tmp_path: Path) -> Browser:
     """The page with the stub of the SDK."""
-    browser.open(save_page(tmp_path).as_uri())
+    browser.open(save_page(tmp_path, STUB, "an-agent").as_uri())
     browser.until("window.sdk")
     return browser
 
@@ -157,8 +146,11 @@ def test_a_conversation_is_drawn_as_it_is_spoken(page: Browser) -> None:
     ]
 
 
-def test_the_page_tells_who_is_speaking_until_one_hangs_up(page: Browser) -> None:
+def test_the_page_tells_of_errors_and_who_is_speaking(page: Browser) -> None:
+    page.run("sdk.options.onError(new TypeError('x is not a function'))")
+    page.until("document.querySelector('p').innerText == 'x is not a function'")
     page.press("Start talking")
+    page.until("document.querySelector('p').innerText == ''")
     page.shows("Listening")
     page.run("sdk.options.onUserIsSpeakingChange(true)")
     page.shows("Hearing you")
@@ -168,17 +160,10 @@ def test_the_page_tells_who_is_speaking_until_one_hangs_up(page: Browser) -> Non
     page.shows("Not connected")
 
 
-def test_an_error_of_the_sdk_is_told_as_it_is(page: Browser) -> None:
-    page.run("sdk.options.onError(new TypeError('x is not a function'))")
-    assert page.run("document.querySelector('p').innerText") == "x is not a function"
-    page.press("Start talking")
-    assert page.run("document.querySelector('p').innerText") == ""
-
-
 def test_a_page_says_what_it_lacks(browser: Browser, tmp_path: Path) -> None:
-    browser.open(save_page(tmp_path, sdk="").as_uri())
+    browser.open(save_page(tmp_path, "", "an-agent").as_uri())
     browser.shows("Layercode's SDK cannot be loaded. Is its address blocked?")
-    browser.open(save_page(tmp_path, agent_id="your-agent-id").as_uri())
+    browser.open(save_page(tmp_path, STUB, "your-agent-id").as_uri())
     browser.press("Start talking")
     browser.shows("Write your agent's id into index.html first.")
 
@@ -215,10 +200,9 @@ async def layercode(request: web.Request) -> web.StreamResponse:
 def test_the_real_sdk_gets_its_session_from_the_agent_that_serves_the_page(
     browser: Browser, tmp_path: Path
 ) -> None:
-    cloud = free_port()
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", layercode)
-    how = {"port": cloud, "handle_signals": False, "print": None}
+    how = {"port": (cloud := free_port()), "handle_signals": False, "print": None}
     threading.Thread(target=web.run_app, args=[app], kwargs=how, daemon=True).start()
     sdk = Path(os.environ["LAYERCODE_JS_SDK"]).read_text("utf-8")
     sdk = sdk.replace("wss://api.layercode.com", f"ws://127.0.0.1:{cloud}")
@@ -319,14 +303,22 @@ def hear(call: Browser, words: str, is_final: bool = True) -> None:
     call.run(f"recognition.hear({json.dumps(words)}, {json.dumps(is_final)})")
 
 
-def test_what_is_typed_is_answered_aloud(call: Browser) -> None:
+def test_without_a_microphone_what_is_typed_is_answered_aloud(call: Browser) -> None:
+    call.until("window.recognition")
+    call.run("recognition.onerror({ error: 'not-allowed' })")
     call.use("input", "value", text="Hello\n")
     speak(call, "You heard: Luigi's Pizza!", "What can I get you?")
     assert call.log() == [
         ["agent", "Luigi's Pizza! What can I get you?"],
+        ["data", "The browser cannot hear you (not-allowed), but you can type."],
         ["caller", "Hello"],
         ["agent", "You heard: Luigi's Pizza! What can I get you?"],
     ]
+    # Data is shown as text, and the agent can hang up.
+    call.use("input", "value", text="Goodbye\n")
+    speak(call, "Bye!")
+    call.shows("The agent has hung up.")
+    assert call.log()[-1] == ["data", '{"bill":"<b>12</b>"}']
 
 
 def test_who_speaks_over_it_interrupts_and_what_was_heard_counts(call: Browser) -> None:
@@ -361,19 +353,6 @@ def test_in_firefox_the_first_key_interrupts(browser: Browser, pizza: str) -> No
     assert browser.run("sentence") is None
     browser.use("input", "value", text="o\n")
     begin(browser, "You heard: Luigi's Pizza!")
-
-
-def test_a_blocked_microphone_is_said(call: Browser) -> None:
-    call.until("window.recognition")
-    call.run("recognition.onerror({ error: 'not-allowed' })")
-    call.shows("The browser cannot hear you (not-allowed), but you can type.")
-
-
-def test_data_is_shown_as_text_and_the_agent_can_hang_up(call: Browser) -> None:
-    hear(call, "Goodbye")
-    speak(call, "Bye!")
-    call.shows("The agent has hung up.")
-    assert call.log()[-1] == ["data", '{"bill":"<b>12</b>"}']
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
