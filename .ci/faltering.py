@@ -27,8 +27,6 @@ FAULTS = {
 }
 # Seconds to the first word that are promised whatever happens to the first question.
 PROMISE = 3.5
-# Seconds between two callers, so that they do not wait for each other.
-GAP = 0.05
 # What a caller has heard, and how often Gemini was asked for it.
 Call = tuple[Heard, int]
 
@@ -43,7 +41,8 @@ async def talk(plan: Callable[[int, int], Answer], callers: int) -> list[Call]:
         return plan(turn, asks[turn])
 
     async def call(port: int, turn: int) -> Heard:
-        await asyncio.sleep(turn * GAP)
+        # So that they do not wait for each other.
+        await asyncio.sleep(turn * 0.05)
         caller = Caller(port, f"conversation_{turn}")
         await caller.connect()
         return await caller.say(str(turn))
@@ -56,8 +55,7 @@ async def talk(plan: Callable[[int, int], Answer], callers: int) -> list[Call]:
 
 def show_calls(name: str, calls: list[Call]) -> None:
     """Prints what some callers have heard, in one row."""
-    heard = [one for one, _ in calls]
-    asks = [number for _, number in calls]
+    heard, asks = zip(*calls, strict=True)
     whole = [one for one in heard if one.is_whole]
     answered = sum(bool(one.delays) for one in whole)
     counts = (answered, len(whole) - answered, len(calls) - len(whole))

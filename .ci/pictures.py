@@ -3,9 +3,8 @@
     python .ci/pictures.py             draws them anew; needs Chromium
     python .ci/pictures.py --check     fails if they are no longer true
 
-chat.svg is what a real terminal shows of README.md's pizza.py; a script stands in for
-Gemini. page.png is README.md's page in Chromium; a script stands in for Layercode's
-SDK. Behind the picture's end is a hash of what the page has shown.
+Scripts stand in for Gemini and for Layercode's SDK. Behind the end of page.png is a
+hash of what the page has shown.
 """
 
 from __future__ import annotations
@@ -82,15 +81,15 @@ async def chat() -> str:
     """What a terminal shows of a chat with an interruption in it."""
     answers = iter(ANSWERS)
     gemini = await start_gemini(lambda words: next(answers))
-    settings = {"GOOGLE_GENERATIVE_AI_API_KEY": "key", "GOOGLE_GEMINI_BASE_URL": gemini}
+    settings = {"GOOGLE_GENERATIVE_AI_API_KEY": "key", "TERM": "xterm"}
+    settings["GOOGLE_GEMINI_BASE_URL"] = gemini
     with TemporaryDirectory() as folder:
         shutil.copy(ROOT / "agent.py", folder)
         Path(folder, "pizza.py").write_text(block("python", "pizza.py:"), "utf-8")
         child, terminal = pty.fork()
         if child == 0:
             os.chdir(folder)
-            command = [sys.executable, "pizza.py", "chat"]
-            os.execve(sys.executable, command, {"TERM": "xterm", **settings})
+            os.execve(sys.executable, [sys.executable, "pizza.py", "chat"], settings)
         return "$ python pizza.py chat\n" + await asyncio.to_thread(order, terminal)
 
 
@@ -139,10 +138,8 @@ def main() -> None:
     if sys.argv[1:] != ["--check"]:
         CHAT.write_text(drawn, "utf-8")
         PAGE.write_bytes(photo)
-    elif CHAT.read_text("utf-8") != drawn:
-        sys.exit(f"{CHAT} is not what a terminal shows now:\n{drawn}")
-    elif PAGE.read_bytes()[-64:] != photo[-64:]:
-        sys.exit(f"{PAGE} is not what README.md's page shows now.")
+    elif (CHAT.read_text("utf-8"), PAGE.read_bytes()[-64:]) != (drawn, photo[-64:]):
+        sys.exit("The pictures are not what is shown now: draw them anew.")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import hmac
 import json
 import os
@@ -45,8 +44,8 @@ class Answer:
 
     async def write(self, writer: StreamWriter) -> None:
         """Writes it, as Gemini does."""
-        head = f"HTTP/1.1 {self.status or 200} -\r\nTransfer-Encoding: chunked\r\n\r\n"
-        writer.write(head.encode())
+        writer.write(b"HTTP/1.1 %d -\r\n" % (self.status or 200))
+        writer.write(b"Transfer-Encoding: chunked\r\n\r\n")
         if not self.status:
             writer.transport.abort()
         for number, words in enumerate(self.chunks, 1):
@@ -114,7 +113,7 @@ class Caller:
         body = json.dumps({**event, "conversation_id": self.conversation}).encode()
         now = str(int(time.time()))
         signed = now.encode() + b"." + body
-        signature = hmac.new(SECRET.encode(), signed, hashlib.sha256).hexdigest()
+        signature = hmac.new(SECRET.encode(), signed, "sha256").hexdigest()
         head = f"POST /agent HTTP/1.1\r\nHost: agent\r\nContent-Length: {len(body)}\r\n"
         head += f"layercode-signature: t={now},v1={signature}\r\n\r\n"
         heard = Heard()
@@ -156,12 +155,8 @@ class Served:
 
     process: Popen[bytes]
     port: int
+    url: str
     log: Path
-
-    @property
-    def url(self) -> str:
-        """Where it serves."""
-        return f"http://127.0.0.1:{self.port}"
 
     def tell(self) -> tuple[int, int]:
         """Its tasks, and the bytes in use, counted from the first time on."""
@@ -185,7 +180,8 @@ def running(*command: str, up: str, folder: str = ".", **env: str) -> Iterator[S
     with NamedTemporaryFile() as log:
         process = Popen(command, cwd=folder, stdout=PIPE, stderr=log, env=env)
         try:
-            one = Served(process, int(port), Path(log.name))
+            url = f"http://127.0.0.1:{port}"
+            one = Served(process, int(port), url, Path(log.name))
             one.wait_for(up)
             yield one
         finally:

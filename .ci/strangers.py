@@ -130,10 +130,7 @@ async def be_strangers(port: int, row: str, seconds: float) -> int:
 
 
 async def take_turns(port: int, seconds: float) -> list[float]:
-    """Has the callers talk for some seconds, with a new connection for each turn.
-
-    Returns the milliseconds to each first word; without a whole answer, infinity.
-    """
+    """The milliseconds that callers wait for first words, from new connections on."""
     waits = []
     over = time.perf_counter() + seconds
 
@@ -167,7 +164,7 @@ def send_strangers(row: str, agent: Served, seconds: float) -> subprocess.Popen[
 
 
 def mib(proc: Path, name: str) -> int:
-    """A process's memory now (VmRSS), or the most of it (VmHWM)."""
+    """Memory of a process: what it has (VmRSS), or the most that it had (VmHWM)."""
     status = (proc / "status").read_text()
     return int(status.partition(f"{name}:")[2].split()[0]) // 1024
 
