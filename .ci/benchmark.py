@@ -11,8 +11,6 @@ agent, it has its own figure and the median of the ratios, which is the result: 
 promised of it is behind the name of the row.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json
@@ -29,8 +27,6 @@ from served import SERVE, Answer, Caller, Heard, Served, served, show, start_gem
 SERVE_FLOOR = "import benchmark; benchmark.serve_floor()"
 # As `python agent.py` does it, which compiles the file.
 START = "import runpy; runpy.run_path('agent.py', run_name='__main__')"
-
-# ---- The floor -----------------------------------------------------------------------
 
 
 def serve_floor() -> None:
@@ -72,9 +68,6 @@ def serve_floor() -> None:
     web.run_app(make_app(), port=port, handler_cancellation=True, access_log=None)
 
 
-# ---- Callers -------------------------------------------------------------------------
-
-
 async def talk(port: int, conversation: str, turns: int, pause: float) -> list[Heard]:
     """Says something in each turn, after a pause of about so many seconds."""
     caller = Caller(port, conversation)
@@ -95,9 +88,6 @@ async def crowd(
     name = name or f"new{time.time_ns()}"
     calls = [talk(port, f"{name}-{one}", turns, pause) for one in range(callers)]
     return [heard for caller in await asyncio.gather(*calls) for heard in caller]
-
-
-# ---- What is measured ----------------------------------------------------------------
 
 
 def show_ratios(name: str, times: list[list[float]]) -> None:

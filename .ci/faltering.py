@@ -7,8 +7,6 @@ their own. Exits with status 1 if one of those whose first question fails waits 
 long, or for an apology.
 """
 
-from __future__ import annotations
-
 import asyncio
 import random
 import statistics

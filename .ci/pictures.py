@@ -7,8 +7,6 @@ Scripts stand in for Gemini and for Layercode's SDK. Behind the end of page.png 
 hash of what the page has shown.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import contextlib

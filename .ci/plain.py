@@ -6,8 +6,6 @@ Prints each figure beside its ceiling; ruff's rules hold for README.md's blocks 
 the files. Exits with status 1 if a figure is over its ceiling.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import shutil

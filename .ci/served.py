@@ -1,7 +1,5 @@
 """What the measurements share: a Gemini that tells the time, callers, and an agent."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hmac
@@ -25,8 +23,6 @@ ROOT = Path(__file__).parent.parent
 SECRET = "a webhook secret"
 # Seconds that a caller waits for an answer.
 PATIENCE = 30.0
-
-# ---- Gemini --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -81,9 +77,6 @@ async def start_gemini(plan: Callable[[str], Answer]) -> str:
     return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
-# ---- Callers -------------------------------------------------------------------------
-
-
 @dataclass
 class Heard:
     """What a caller hears of an answer."""
@@ -132,8 +125,6 @@ class Caller:
                         break
         return heard
 
-
-# ---- The agent -----------------------------------------------------------------------
 
 # By the agent's main(), as a user serves it.
 SERVE = "import agent; agent.main()"

@@ -10,8 +10,6 @@ core to itself if there are two. Linux only. Exits with status 1 if a first word
 longer than is promised, or does not come.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib
@@ -33,8 +31,6 @@ from served import Answer, Caller, Served, served, show, start_gemini
 PROMISE = 250
 CALLERS = 20
 MIB = 2**20
-
-# ---- The strangers -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -126,9 +122,6 @@ async def be_strangers(port: int, row: str, seconds: float) -> int:
     return times
 
 
-# ---- The callers ---------------------------------------------------------------------
-
-
 async def take_turns(port: int, seconds: float) -> list[float]:
     """The milliseconds that callers wait for first words, from new connections on."""
     waits = []
@@ -151,9 +144,6 @@ async def take_turns(port: int, seconds: float) -> list[float]:
 
     await asyncio.gather(*(call(number) for number in range(CALLERS)))
     return waits
-
-
-# ---- The measurements ----------------------------------------------------------------
 
 
 def send_strangers(row: str, agent: Served, seconds: float) -> subprocess.Popen[bytes]:

@@ -1,7 +1,5 @@
 """What few can get wrong in a copy of agent.py: tests beside those of test_agent.py."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import re

@@ -1,7 +1,5 @@
 """The page and talk.py in a real Chromium; LAYERCODE_JS_SDK names the SDK's file."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import os
@@ -96,8 +94,6 @@ def browser() -> Iterator[Browser]:
         yield browser
         browser.command("", "DELETE")
 
-
-# ---- The page ------------------------------------------------------------------------
 
 # In the place of the SDK; the tests do what Layercode would.
 STUB = """
@@ -222,8 +218,6 @@ def test_the_real_sdk_gets_its_session_from_the_agent_that_serves_the_page(
     browser.press("Start talking")
     browser.shows("The agent does not answer. Is it running?")
 
-
-# ---- talk.py -------------------------------------------------------------------------
 
 # The tests say when the voice ends a sentence, and what the recognition hears.
 SENSES = """
