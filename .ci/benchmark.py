@@ -4,11 +4,10 @@
     python .ci/benchmark.py --before WHICH     another edition, too: a file, or a git
                                                revision; the two take turns
 
-The floor and the agents have a process each; Gemini and the callers are this one. An
-agent is served by its main(), as a user serves it. A row begins with what the agents
-stand beside (the floor, the imports alone, a first turn, what is promised). For each
-agent, it has its own figure and the median of the ratios, which is the result: what is
-promised of it is behind the name of the row.
+Gemini and the callers are this process. A row begins with what the agents stand beside
+(the floor, the imports alone, a first turn, what is promised). For each agent, it has
+its own figure and the median of the ratios, which is the result: what is promised of it
+is behind the name of the row.
 """
 
 import argparse
@@ -157,7 +156,6 @@ async def measure(editions: list[str]) -> None:
         names = [f"long{part // 15}" for part in range(30)]
         times = [[await turns_a_second(one, name) for one in servers] for name in names]
         show_ratios("turns/s of 50 callers (>= 0.85)", times)
-
         answer = replace(answer, pace=0)
         for agent in servers[1:]:
             await crowd(agent.port, 50, 10, "long0")
@@ -169,15 +167,12 @@ async def measure(editions: list[str]) -> None:
                 figures.append(await wait_for_word(agent, "long0") / first)
             times.append(figures)
         show_ratios("wait for a word after 40 turns (<= 1.2)", times)
-
         answer = replace(answer, pace=0.05)
         cuts = [[await cuts_of_delays(one) for one in servers] for _ in range(4)]
         for name, at in (("p50 (<= 1.2)", 49), ("p99 (<= 1.5)", 98)):
             times = [[each[at] for each in time] for time in cuts]
             show_ratios(f"ms added to a chunk, {name}", times)
-
-        turns = [1024.0]
-        streams = [100.0]
+        turns, streams = [1024.0], [100.0]
         for agent in servers[1:]:
             answer = replace(answer, pace=0, finish="STOP")
             empty = await bytes_in_use(agent)

@@ -85,7 +85,6 @@ class Heard:
     first_word: float = PATIENCE
     # Seconds of each chunk since Gemini has sent it. An apology has none.
     delays: list[float] = field(default_factory=list)
-    # Whether it came to its end.
     is_whole: bool = False
 
 
@@ -128,8 +127,7 @@ class Caller:
 
 # By the agent's main(), as a user serves it.
 SERVE = "import agent; agent.main()"
-# What a process tells on SIGUSR1: its tasks, and the bytes in use, counted from the
-# first time on.
+# Has the process answer Served.tell().
 TELL = """
 import asyncio, gc, signal, tracemalloc
 def tell(*_):
@@ -192,8 +190,8 @@ def served(
     given |= {"GOOGLE_GENERATIVE_AI_API_KEY": "key", "GOOGLE_GEMINI_BASE_URL": gemini}
     program = (sys.executable, "-c", TELL + code)
     with TemporaryDirectory() as folder:
-        text = subprocess.check_output(command, cwd=ROOT)
-        Path(folder, "agent.py").write_bytes(text)
+        with Path(folder, "agent.py").open("wb") as file:
+            subprocess.run(command, cwd=ROOT, stdout=file, check=True)
         with running(
             *program, up="Up|Running on", folder=folder, **given | settings
         ) as one:

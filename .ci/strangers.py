@@ -169,10 +169,9 @@ async def measure(agent: Served, proc: Path, row: str, seconds: float) -> bool:
         waits = await take_turns(agent.port, seconds)
         came = int(process.communicate()[0])
     took = time.perf_counter() - begun
-    logged = agent.log.stat().st_size - logged
-    rates = (round(came / took), round(logged / 1024 / took))
-    waits_shown = (round(statistics.median(waits), 1), round(max(waits), 1))
-    show(row, *waits_shown, len(waits), mib(proc, "VmHWM"), *rates)
+    kib = (agent.log.stat().st_size - logged) / 1024
+    figures = [f"{statistics.median(waits):.1f}", f"{max(waits):.1f}", len(waits)]
+    show(row, *figures, mib(proc, "VmHWM"), round(came / took), round(kib / took))
     return max(waits) <= PROMISE
 
 
@@ -185,20 +184,19 @@ async def measure_all(given: argparse.Namespace) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as layercode:
         url = f"http://127.0.0.1:{layercode.getsockname()[1]}"
         api = {"LAYERCODE_API_KEY": "key", "LAYERCODE_API_URL": url}
+        columns = "median,ms worst,ms turns peak,MiB come/s log,KiB/s"
         with served(given.agent, gemini, **api) as agent:
             os.sched_setaffinity(agent.process.pid, cores[:1])
             proc = Path(f"/proc/{agent.process.pid}")
             await take_turns(agent.port, 2)
-            columns = ("median ms", "worst ms", "turns", "peak MiB")
-            show("", *columns, "come/s", "log KiB/s")
+            show("", *columns.split())
             wrong = []
             for row in given.rows:
                 wrong += [row] * (not await measure(agent, proc, row, given.seconds))
                 await asyncio.sleep(1)
             await asyncio.sleep(given.minute)
-            tasks, _ = agent.tell()
             files = len(list((proc / "fd").iterdir()))
-            held = f"{mib(proc, 'VmRSS')} MiB, {files} files, {tasks} tasks"
+            held = f"{mib(proc, 'VmRSS')} MiB, {files} files, {agent.tell()[0]} tasks"
             print(f"{given.minute:g} s after: {held}")
             with send_strangers("together", agent, given.seconds) as process:
                 await asyncio.sleep(given.seconds / 2)

@@ -56,7 +56,6 @@ class Browser:
         return self.command("/execute/sync", script=f"return {expression}", args=[])
 
     def until(self, condition: str) -> None:
-        """Waits until a JavaScript expression is true."""
         end = time.monotonic() + PATIENCE
         while not self.run(f"Boolean({condition})"):
             shown = self.run("document.body.innerText")
@@ -64,7 +63,6 @@ class Browser:
             time.sleep(0.02)
 
     def shows(self, words: str) -> None:
-        """Waits until the page shows some words."""
         self.until(f"document.body.innerText.includes({json.dumps(words)})")
 
     def use(self, selector: str, action: str, **body: Any) -> None:
@@ -74,7 +72,6 @@ class Browser:
         self.command(f"/element/{identifier}/{action}", **body)
 
     def press(self, label: str) -> None:
-        """Presses the button, once it can be pressed and says this."""
         self.until(f"document.querySelector('button:enabled')?.innerText == '{label}'")
         self.use("button", "click")
 
@@ -87,7 +84,6 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One Chromium for all tests."""
     port = free_port()
     with running("chromedriver", f"--port={port}", up="started successfully"):
         browser = Browser(port)
@@ -109,7 +105,6 @@ export default class {
 
 @pytest.fixture
 def page(browser: Browser, tmp_path: Path) -> Browser:
-    """The page with the stub of the SDK."""
     browser.open(save_page(tmp_path, STUB, "an-agent").as_uri())
     browser.until("window.sdk")
     return browser
@@ -202,10 +197,10 @@ def test_the_real_sdk_gets_its_session_from_the_agent_that_serves_the_page(
     threading.Thread(target=web.run_app, args=[app], kwargs=how, daemon=True).start()
     sdk = Path(os.environ["LAYERCODE_JS_SDK"]).read_text("utf-8")
     sdk = sdk.replace("wss://api.layercode.com", f"ws://127.0.0.1:{cloud}")
-    settings = {"LAYERCODE_API_URL": f"http://127.0.0.1:{cloud}"}
-    settings["LAYERCODE_API_KEY"] = "A-KEY"
-    file = shutil.copy(recipes.AGENT, tmp_path)
-    with running(sys.executable, str(file), up="Up", **settings) as served:
+    url = f"http://127.0.0.1:{cloud}"
+    settings = {"LAYERCODE_API_URL": url, "LAYERCODE_API_KEY": "A-KEY"}
+    file = str(shutil.copy(recipes.AGENT, tmp_path))
+    with running(sys.executable, file, up="Up", **settings) as served:
         save_page(tmp_path, sdk, "another-agent")
         browser.open(served.url)
         browser.press("Start talking")
@@ -292,7 +287,6 @@ def speak(call: Browser, *sentences: str) -> None:
 
 
 def hear(call: Browser, words: str, is_final: bool = True) -> None:
-    """Has the recognition hear the caller."""
     call.until("window.recognition")
     call.run(f"recognition.hear({json.dumps(words)}, {json.dumps(is_final)})")
 
