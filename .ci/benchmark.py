@@ -93,9 +93,9 @@ def show_ratios(name: str, times: list[list[float]]) -> None:
     """Prints medians of what was measured several times, and of the ratios."""
     beside, *agents = zip(*times, strict=True)
     cells = [f"{median(beside):.4g}"]
-    for own in agents:
-        ratios = [ours / other for other, ours in zip(beside, own, strict=True)]
-        cells += [f"{median(own):.4g}", f"{median(ratios):.2f}"]
+    for number, own in enumerate(agents, 1):
+        ratio = median(figures[number] / figures[0] for figures in times)
+        cells += [f"{median(own):.4g}", f"{ratio:.2f}"]
     show(name, *cells)
 
 
@@ -191,7 +191,6 @@ async def measure(editions: list[str]) -> None:
 
 
 def main() -> None:
-    """Reads the command line and measures."""
     parser = argparse.ArgumentParser(description="The agent beside the floor.")
     parser.add_argument("--before", metavar="WHICH", help="a file, or a git revision")
     before = parser.parse_args().before

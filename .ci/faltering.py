@@ -2,9 +2,8 @@
 
     python .ci/faltering.py
 
-All callers begin within a few seconds and say one thing each, in a conversation of
-their own. Exits with status 1 if one of those whose first question fails waits too
-long, or for an apology.
+Each caller says one thing. Exits with status 1 if one of those whose first question
+fails waits too long, or for an apology.
 """
 
 import asyncio
@@ -63,7 +62,6 @@ def show_calls(name: str, calls: list[Call]) -> None:
 
 
 async def main() -> None:
-    """Measures everything. Exits with status 1 if the promise is broken."""
     columns = "answered apology silence word,p50 p95 slowest,s asks,mean most"
     show("", *columns.split())
     names = list(FAULTS)

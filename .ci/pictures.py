@@ -60,8 +60,8 @@ export default function (page) {
 def block(language: str, words: str) -> str:
     """The block of README.md in a language that has these words in it."""
     readme = (ROOT / "README.md").read_text("utf-8")
-    blocks = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", readme)
-    return next(str(block) for block in blocks if words in block)
+    blocks: list[str] = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", readme)
+    return next(block for block in blocks if words in block)
 
 
 def save_page(folder: Path, sdk: str, agent_id: str) -> Path:

@@ -150,8 +150,8 @@ class Served:
     def tell(self) -> tuple[int, int]:
         """Its tasks, and the bytes in use, counted from the first time on."""
         self.process.send_signal(signal.SIGUSR1)
-        tasks, used = self.wait_for(r"^(\d+) (\d+)$").groups()
-        return int(tasks), int(used)
+        told = self.wait_for(r"^(\d+) (\d+)$")
+        return int(told[1]), int(told[2])
 
     def wait_for(self, pattern: str) -> re.Match[str]:
         """Waits until it prints something."""

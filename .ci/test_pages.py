@@ -52,21 +52,18 @@ class Browser:
         self.command("/url", url=url)
 
     def run(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
         return self.command("/execute/sync", script=f"return {expression}", args=[])
 
     def until(self, condition: str) -> None:
         end = time.monotonic() + PATIENCE
         while not self.run(f"Boolean({condition})"):
-            shown = self.run("document.body.innerText")
-            assert time.monotonic() < end, f"not {condition}: {shown!r}"
+            assert time.monotonic() < end, f"not {condition}: {self.log()}"
             time.sleep(0.02)
 
     def shows(self, words: str) -> None:
         self.until(f"document.body.innerText.includes({json.dumps(words)})")
 
     def use(self, selector: str, action: str, **body: Any) -> None:
-        """Clicks an element, or types into it."""
         found = self.command("/element", using="css selector", value=selector)
         [identifier] = found.values()
         self.command(f"/element/{identifier}/{action}", **body)
@@ -111,7 +108,6 @@ def page(browser: Browser, tmp_path: Path) -> Browser:
 
 
 def get(page: Browser, kind: str, content: Any, turn: str = "t") -> None:
-    """Has the page get a message from Layercode."""
     handler = "onDataMessage" if kind == "response.data" else "onMessage"
     message = json.dumps({"type": kind, "content": content, "turn_id": turn})
     page.run(f"sdk.options.{handler}({message})")
@@ -275,7 +271,6 @@ def call(browser: Browser, pizza: str) -> Browser:
 
 
 def begin(call: Browser, text: str) -> None:
-    """Waits until the voice has a sentence to speak."""
     call.until(f"window.sentence?.text.trim() == {json.dumps(text)}")
 
 
