@@ -4,14 +4,11 @@
     python .ci/benchmark.py --before WHICH     another edition, too: a file, or a git
                                                revision; the two take turns
 
-The floor and the agents have a process each; Gemini and the callers are this one. An
-agent is served by its main(), as a user serves it. A row has, for each agent, what it
-stands beside (the floor, the imports alone, a first turn, what is promised), its own
-figure, and the median of their ratios, which is the result: what is promised of it is
-behind the name of the row.
+Gemini and the callers are this process. A row begins with what the agents stand beside
+(the floor, the imports alone, a first turn, what is promised). For each agent, it has
+its own figure and the median of the ratios, which is the result: what is promised of it
+is behind the name of the row.
 """
-
-from __future__ import annotations
 
 import argparse
 import asyncio
@@ -21,21 +18,14 @@ import random
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from statistics import median, quantiles
 
-from fakes import Answer, Caller, Heard, start_gemini
-from served import Served, edition, served, show
+from served import SERVE, Answer, Caller, Heard, Served, served, show, start_gemini
 
-HERE = Path(__file__).parent
 SERVE_FLOOR = "import benchmark; benchmark.serve_floor()"
 # As `python agent.py` does it, which compiles the file.
 START = "import runpy; runpy.run_path('agent.py', run_name='__main__')"
-NOBODY = "http://127.0.0.1:1"
-names = count(1)
-
-# ---- The floor -----------------------------------------------------------------------
 
 
 def serve_floor() -> None:
@@ -45,10 +35,11 @@ def serve_floor() -> None:
     from google.genai import Client
     from google.genai.types import GenerateContentConfigDict, HttpOptions
 
+    client = web.AppKey("client", Client)
     config: GenerateContentConfigDict = {
-        "system_instruction": "You're a friendly voice assistant on a call. " * 10,
-        "automatic_function_calling": {"disable": True},
+        "automatic_function_calling": {"disable": True}
     }
+    config["system_instruction"] = "You're a friendly voice assistant on a call. " * 10
 
     async def answer(request: web.Request) -> web.StreamResponse:
         event = await request.json()
@@ -64,27 +55,16 @@ def serve_floor() -> None:
         await response.write(b'data: {"type": "response.end"}\n\n')
         return response
 
-    client = web.AppKey("client", Client)
-
     async def make_app() -> web.Application:
         app = web.Application()
         http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
-        app[client] = Client(
-            api_key="key", http_options=HttpOptions(aiohttp_client=http)
-        )
+        options = HttpOptions(aiohttp_client=http)
+        app[client] = Client(api_key="key", http_options=options)
         app.router.add_post("/agent", answer)
         return app
 
-    web.run_app(
-        make_app(),
-        port=int(os.environ["PORT"]),
-        print=lambda _: print("Up", flush=True),
-        handler_cancellation=True,
-        access_log=None,
-    )
-
-
-# ---- Callers -------------------------------------------------------------------------
+    port = int(os.environ["PORT"])
+    web.run_app(make_app(), port=port, handler_cancellation=True, access_log=None)
 
 
 async def talk(port: int, conversation: str, turns: int, pause: float) -> list[Heard]:
@@ -104,157 +84,121 @@ async def crowd(
     port: int, callers: int, turns: int, name: str = "", pause: float = 0
 ) -> list[Heard]:
     """What so many callers hear, in conversations of this name, or in new ones."""
-    name = name or f"new{next(names)}"
-    each = await asyncio.gather(
-        *[talk(port, f"{name}-{one}", turns, pause) for one in range(callers)]
-    )
-    return [heard for caller in each for heard in caller]
+    name = name or f"new{time.time_ns()}"
+    calls = [talk(port, f"{name}-{one}", turns, pause) for one in range(callers)]
+    return [heard for caller in await asyncio.gather(*calls) for heard in caller]
 
 
-# ---- What is measured ----------------------------------------------------------------
-
-# For each agent, what it is held against, and its own figures.
-Column = tuple[list[float], list[float]]
-
-
-def show_ratios(name: str, columns: list[Column]) -> None:
-    """Prints medians, and the median of the ratios."""
-    cells = []
-    for beside, own in columns:
-        ratio = median(ours / other for other, ours in zip(beside, own, strict=True))
-        cells += [f"{median(beside):.4g}", f"{median(own):.4g}", f"{ratio:.2f}"]
+def show_ratios(name: str, times: list[list[float]]) -> None:
+    """Prints medians of what was measured several times, and of the ratios."""
+    beside, *agents = zip(*times, strict=True)
+    cells = [f"{median(beside):.4g}"]
+    for number, own in enumerate(agents, 1):
+        ratio = median(figures[number] / figures[0] for figures in times)
+        cells += [f"{median(own):.4g}", f"{ratio:.2f}"]
     show(name, *cells)
 
 
-def beside_floor(figures: list[list[float]]) -> list[Column]:
-    """The columns of figures of which the floor's are the first."""
-    floor, *agents = figures
-    return [(floor, own) for own in agents]
-
-
-def measure_start(folders: list[Path], key: str) -> None:
+def measure_start(editions: list[str], key: str, libraries: str) -> None:
     """How long Python takes to import the libraries, and an agent to listen."""
-    libraries = "aiohttp.web, google.genai" if key else "aiohttp.web"
-    imports = (HERE, f"import {libraries}; print('Up')")
-    programs = [imports, *[(folder, START) for folder in folders]]
-    figures: list[list[float]] = [[] for _ in programs]
-    for _ in range(5):
-        for (folder, code), own in zip(programs, figures, strict=True):
-            begun = time.perf_counter()
-            with served(folder, NOBODY, code, GOOGLE_GENERATIVE_AI_API_KEY=key):
-                own.append(time.perf_counter() - begun)
-    with_key = "with" if key else "without"
-    name = f"s to start {with_key} a key (<= 1.5)"
-    show_ratios(name, beside_floor(figures))
+    programs = [("agent.py", f"import {libraries}; print('Up')")]
+    programs += [(one, START) for one in editions]
+
+    def seconds(which: str, code: str) -> float:
+        begun = time.perf_counter()
+        with served(which, "", code, GOOGLE_GENERATIVE_AI_API_KEY=key):
+            return time.perf_counter() - begun
+
+    times = [[seconds(*program) for program in programs] for _ in range(5)]
+    show_ratios(f"s to start {'with' if key else 'without'} a key (<= 1.5)", times)
 
 
-class Benchmark:
-    """The floor and the agents, which take turns, and their Gemini's answers."""
+async def turns_a_second(server: Served, name: str) -> float:
+    """How many turns 50 callers have in a second."""
+    begun = time.perf_counter()
+    await crowd(server.port, 50, 2, name)
+    return 100 / (time.perf_counter() - begun)
 
-    def __init__(self) -> None:
-        self.servers: list[Served] = []
-        self.answer = Answer(("now at {:f}, ",) * 5, pace=0.005)
 
-    async def run(self, folders: list[Path]) -> None:
-        """Measures everything."""
-        gemini = await start_gemini(lambda words: self.answer)
-        with ExitStack() as stack:
-            floor = stack.enter_context(served(HERE, gemini, SERVE_FLOOR))
-            agents = [stack.enter_context(served(one, gemini)) for one in folders]
-            self.servers = [floor, *agents]
-            for server in self.servers:
-                # To warm up.
-                await crowd(server.port, 50, 2)
-            await self.measure_throughput()
-            await self.measure_length()
-            await self.measure_delay()
-            await self.measure_memory()
+async def wait_for_word(server: Served, name: str) -> float:
+    """The seconds to a first word in 50 conversations, one after another."""
+    waits = [(await talk(server.port, f"{name}-{one}", 1, 0))[0] for one in range(50)]
+    return median(one.first_word for one in waits)
 
-    async def measure_throughput(self) -> None:
-        """Two conversations of 30 turns of each caller, in parts that take turns."""
-        figures: list[list[float]] = [[] for _ in self.servers]
-        for part in range(30):
-            for server, own in zip(self.servers, figures, strict=True):
-                begun = time.perf_counter()
-                await crowd(server.port, 50, 2, f"long{part // 15}")
-                own.append(100 / (time.perf_counter() - begun))
-        show_ratios("turns/s of 50 callers (>= 0.85)", beside_floor(figures))
 
-    async def measure_length(self) -> None:
-        """What a caller waits for after 40 turns."""
-        agents = self.servers[1:]
-        columns: list[Column] = [([], []) for _ in agents]
-        self.answer = replace(self.answer, pace=0)
-        for agent in agents:
-            await crowd(agent.port, 50, 10, "long0")
-        for part in range(8):
-            for agent, (first, later) in zip(agents, columns, strict=True):
-                for name, waits in ((f"fresh{part}", first), ("long0", later)):
-                    # One after another, so that none waits for others.
-                    heard = [
-                        (await talk(agent.port, f"{name}-{one}", 1, 0))[0]
-                        for one in range(50)
-                    ]
-                    waits.append(1000 * median(one.first_word for one in heard))
-        show_ratios("ms to a word after 40 turns (<= 1.2)", columns)
-
-    async def measure_delay(self) -> None:
-        """How long a chunk is on its way from Gemini to a caller."""
-        self.answer = replace(self.answer, pace=0.05)
-        middle: list[list[float]] = [[] for _ in self.servers]
-        worst: list[list[float]] = [[] for _ in self.servers]
-        for _ in range(4):
-            for side, server in enumerate(self.servers):
-                heard = await crowd(server.port, 100, 2, pause=1)
-                delays = [1000 * delay for one in heard for delay in one.delays]
-                middle[side].append(median(delays))
-                worst[side].append(quantiles(delays, n=100)[98])
-        show_ratios("ms added to a chunk, p50 (<= 1.2)", beside_floor(middle))
-        show_ratios("ms added to a chunk, p99 (<= 1.5)", beside_floor(worst))
-
-    async def measure_memory(self) -> None:
-        """What 500 turns and 200 answers in flight hold, beside what is promised."""
-        turns: list[Column] = []
-        streams: list[Column] = []
-        for agent in self.servers[1:]:
-            self.answer = replace(self.answer, pace=0, finish="STOP")
-            empty = await bytes_in_use(agent)
-            await crowd(agent.port, 20, 25)
-            talked = await bytes_in_use(agent)
-            self.answer = replace(self.answer, finish="")
-            speaking = asyncio.create_task(crowd(agent.port, 200, 1))
-            # Time enough for the words of all of them; they then go on for a minute.
-            await asyncio.sleep(3)
-            live = await bytes_in_use(agent)
-            speaking.cancel()
-            turns.append(([1024], [(talked - empty) / 500]))
-            streams.append(([100], [(live - talked) / 200 / 1024]))
-        show_ratios("bytes of a turn (<= 1)", turns)
-        show_ratios("KiB of a live stream (<= 1)", streams)
+async def cuts_of_delays(server: Served) -> list[float]:
+    """The 99 cuts of the milliseconds that chunks are on their way."""
+    heard = await crowd(server.port, 100, 2, pause=1)
+    return quantiles([1000 * delay for one in heard for delay in one.delays], n=100)
 
 
 async def bytes_in_use(agent: Served) -> int:
     """How many bytes an agent uses for what is going on."""
     # By then, connections that were closed are closed there, too.
     await asyncio.sleep(0.5)
-    _, used = agent.tell()
-    return used
+    return agent.tell()[1]
+
+
+async def measure(editions: list[str]) -> None:
+    """Measures the floor and the agents, which take turns."""
+    programs = [("agent.py", SERVE_FLOOR), *[(one, SERVE) for one in editions]]
+    answer = Answer(("now at {:f}, ",) * 5, pace=0.005)
+    gemini = await start_gemini(lambda words: answer)
+    here = str(Path(__file__).parent)
+    servers = []
+    with ExitStack() as stack:
+        for which, code in programs:
+            one = stack.enter_context(served(which, gemini, code, PYTHONPATH=here))
+            servers.append(one)
+            # To warm up.
+            await crowd(one.port, 50, 2)
+        # Two conversations of 30 turns of each caller.
+        names = [f"long{part // 15}" for part in range(30)]
+        times = [[await turns_a_second(one, name) for one in servers] for name in names]
+        show_ratios("turns/s of 50 callers (>= 0.85)", times)
+        answer = replace(answer, pace=0)
+        for agent in servers[1:]:
+            await crowd(agent.port, 50, 10, "long0")
+        times = []
+        for part in range(8):
+            figures = [1.0]
+            for agent in servers[1:]:
+                first = await wait_for_word(agent, f"new{part}")
+                figures.append(await wait_for_word(agent, "long0") / first)
+            times.append(figures)
+        show_ratios("wait for a word after 40 turns (<= 1.2)", times)
+        answer = replace(answer, pace=0.05)
+        cuts = [[await cuts_of_delays(one) for one in servers] for _ in range(4)]
+        for name, at in (("p50 (<= 1.2)", 49), ("p99 (<= 1.5)", 98)):
+            times = [[each[at] for each in time] for time in cuts]
+            show_ratios(f"ms added to a chunk, {name}", times)
+        turns, streams = [1024.0], [100.0]
+        for agent in servers[1:]:
+            answer = replace(answer, pace=0, finish="STOP")
+            empty = await bytes_in_use(agent)
+            await crowd(agent.port, 20, 25)
+            talked = await bytes_in_use(agent)
+            answer = replace(answer, finish="")
+            speaking = asyncio.create_task(crowd(agent.port, 200, 1))
+            # Time enough for the words of all of them; they then go on for a minute.
+            await asyncio.sleep(3)
+            live = await bytes_in_use(agent)
+            speaking.cancel()
+            turns.append((talked - empty) / 500)
+            streams.append((live - talked) / 200 / 1024)
+        show_ratios("bytes of a turn (<= 1)", [turns])
+        show_ratios("KiB of a live stream (<= 1)", [streams])
 
 
 def main() -> None:
-    """Reads the command line and measures."""
     parser = argparse.ArgumentParser(description="The agent beside the floor.")
     parser.add_argument("--before", metavar="WHICH", help="a file, or a git revision")
-    parser.add_argument("--agent", default="agent.py", metavar="WHICH")
-    arguments = parser.parse_args()
-    editions = [one for one in (arguments.before, arguments.agent) if one]
-    header = [("beside", one[-9:], "ratio") for one in editions]
-    show("", *[cell for three in header for cell in three])
-    with ExitStack() as stack:
-        folders = [stack.enter_context(edition(one)) for one in editions]
-        for key in ("", "key"):
-            measure_start(folders, key)
-        asyncio.run(Benchmark().run(folders))
+    before = parser.parse_args().before
+    editions = [*([before] if before else []), "agent.py"]
+    show("", "beside", *[cell for one in editions for cell in (one[-9:], "ratio")])
+    measure_start(editions, "", "aiohttp.web")
+    measure_start(editions, "key", "aiohttp.web, google.genai")
+    asyncio.run(measure(editions))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,19 @@
-"""Measures what callers hear of a Gemini that falters.
+"""Measures what callers hear of a Gemini that falters, in half a minute.
 
-    python .ci/faltering.py                 this agent, in a minute
-    python .ci/faltering.py --agent WHICH   another edition: a file, or a git revision
+    python .ci/faltering.py
 
-The agent has a process of its own. All callers begin within a few seconds and say one
-thing each, in a conversation of their own. Exits with status 1 if one of those whose
-first question fails waits too long, or for nothing.
+Each caller says one thing. Exits with status 1 if one of those whose first question
+fails waits too long, or for an apology.
 """
 
-from __future__ import annotations
-
-import argparse
 import asyncio
 import random
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
-from fakes import Answer, Caller, Heard, start_gemini
-from served import SERVE, edition, served, show
+from served import Answer, Caller, Heard, served, show, start_gemini
 
 FAULTS = {
     "stalled before the first chunk": Answer(after=60),
@@ -31,17 +24,12 @@ FAULTS = {
 }
 # Seconds to the first word that are promised whatever happens to the first question.
 PROMISE = 3.5
-# Seconds between two callers, so that they do not wait for each other.
-GAP = 0.05
-NEVER_AGAIN = f"import agent; agent.Agent.ask_again_after = float('inf'); {SERVE}"
 # What a caller has heard, and how often Gemini was asked for it.
 Call = tuple[Heard, int]
-# Says what Gemini does when it is asked about a turn for the first time, second, ...
-Plan = Callable[[int, int], Answer]
 
 
-async def talk(folder: Path, plan: Plan, callers: int, code: str = SERVE) -> list[Call]:
-    """What so many callers hear while Gemini answers as planned."""
+async def talk(plan: Callable[[int, int], Answer], callers: int) -> list[Call]:
+    """What so many callers hear; the plan says how each one's nth ask is answered."""
     asks: Counter[int] = Counter()
 
     def answer(words: str) -> Answer:
@@ -50,12 +38,13 @@ async def talk(folder: Path, plan: Plan, callers: int, code: str = SERVE) -> lis
         return plan(turn, asks[turn])
 
     async def call(port: int, turn: int) -> Heard:
-        await asyncio.sleep(turn * GAP)
+        # So that they do not wait for each other.
+        await asyncio.sleep(turn * 0.05)
         caller = Caller(port, f"conversation_{turn}")
         await caller.connect()
         return await caller.say(str(turn))
 
-    with served(folder, await start_gemini(answer), code) as agent:
+    with served("agent.py", await start_gemini(answer)) as agent:
         turns = range(callers)
         heard = await asyncio.gather(*[call(agent.port, turn) for turn in turns])
     return [(heard[turn], asks[turn]) for turn in turns]
@@ -63,8 +52,7 @@ async def talk(folder: Path, plan: Plan, callers: int, code: str = SERVE) -> lis
 
 def show_calls(name: str, calls: list[Call]) -> None:
     """Prints what some callers have heard, in one row."""
-    heard = [one for one, _ in calls]
-    asks = [number for _, number in calls]
+    heard, asks = zip(*calls, strict=True)
     whole = [one for one in heard if one.is_whole]
     answered = sum(bool(one.delays) for one in whole)
     counts = (answered, len(whole) - answered, len(calls) - len(whole))
@@ -73,8 +61,7 @@ def show_calls(name: str, calls: list[Call]) -> None:
     show(name, *counts, *cuts, statistics.mean(asks), max(asks))
 
 
-async def measure(folder: Path) -> None:
-    """Measures everything. Exits with status 1 if the promise is broken."""
+async def main() -> None:
     columns = "answered apology silence word,p50 p95 slowest,s asks,mean most"
     show("", *columns.split())
     names = list(FAULTS)
@@ -87,31 +74,16 @@ async def measure(folder: Path) -> None:
         luck = random.Random(f"turn {turn}, ask {ask}").random()
         return Answer(after=20 if luck < 0.1 else 0.3)
 
-    def is_slow(turn: int, ask: int) -> Answer:
-        return Answer(after=5)
-
-    faltered = await talk(folder, falters_once, 50)
+    faltered = await talk(falters_once, 50)
     for number, name in enumerate(names):
         show_calls(f"first ask: {name}", faltered[number :: len(names)])
-    show_calls("all of these", faltered)
-    at_times = await talk(folder, stalls_at_times, 200)
-    show_calls("0.3 s, or 20 s in one ask of ten", at_times)
-    show_calls("always 5 s", await talk(folder, is_slow, 50))
-    never = await talk(folder, is_slow, 50, NEVER_AGAIN)
-    show_calls("always 5 s, without a second ask", never)
-    in_time = sum(heard.first_word <= PROMISE for heard, _ in faltered)
-    print(f"a first word within {PROMISE} s: {in_time} of {len(faltered)}")
-    if in_time < len(faltered):
-        sys.exit("Some waited longer.")
-
-
-def main() -> None:
-    """Reads the command line and measures."""
-    parser = argparse.ArgumentParser(description="What callers hear of bad moments.")
-    parser.add_argument("--agent", default="agent.py", metavar="WHICH")
-    with edition(parser.parse_args().agent) as folder:
-        asyncio.run(measure(folder))
+    show_calls("0.3 s, or 20 s in one ask of ten", await talk(stalls_at_times, 200))
+    show_calls("always 5 s", await talk(lambda *_: Answer(after=5), 50))
+    late = [one for one, _ in faltered if one.first_word > PROMISE or not one.delays]
+    print(f"an answer within {PROMISE} s: {len(faltered) - len(late)}")
+    if late:
+        sys.exit("Some waited longer, or for an apology.")
 
 
 if __name__ == "__main__":
-    main()
+    asyncio.run(main())

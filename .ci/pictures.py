@@ -3,12 +3,9 @@
     python .ci/pictures.py             draws them anew; needs Chromium
     python .ci/pictures.py --check     fails if they are no longer true
 
-chat.svg is what a real terminal shows of README.md's pizza.py; a script stands in for
-Gemini. page.png is README.md's page in Chromium; a script stands in for Layercode's
-SDK. Behind the picture's end is a hash of what the page has shown.
+Scripts stand in for Gemini and for Layercode's SDK. Behind the end of page.png is a
+hash of what the page has shown.
 """
-
-from __future__ import annotations
 
 import asyncio
 import base64
@@ -17,6 +14,7 @@ import hashlib
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +22,8 @@ from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fakes import Answer, start_gemini
-from served import ROOT, edition
+from served import ROOT, Answer, start_gemini
 
-README = ROOT / "README.md"
 CHAT = ROOT / ".github" / "chat.svg"
 PAGE = ROOT / ".github" / "page.png"
 ANSWERS = [
@@ -63,22 +59,35 @@ export default function (page) {
 
 def block(language: str, words: str) -> str:
     """The block of README.md in a language that has these words in it."""
-    blocks = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", README.read_text("utf-8"))
-    return next(str(block) for block in blocks if words in block)
+    readme = (ROOT / "README.md").read_text("utf-8")
+    blocks: list[str] = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", readme)
+    return next(block for block in blocks if words in block)
+
+
+def save_page(folder: Path, sdk: str, agent_id: str) -> Path:
+    """Saves the page as README.md has it, but for the SDK and the agent's id."""
+    page = block("html", "js-sdk").replace("your-agent-id", agent_id, 1)
+    if sdk:
+        url = f"data:text/javascript;base64,{base64.b64encode(sdk.encode()).decode()}"
+        page = re.sub(r"https://cdn\.\S+\.esm\.js", url, page)
+    file = folder / "index.html"
+    file.write_text(page, "utf-8")
+    return file
 
 
 async def chat() -> str:
     """What a terminal shows of a chat with an interruption in it."""
     answers = iter(ANSWERS)
     gemini = await start_gemini(lambda words: next(answers))
-    settings = {"GOOGLE_GENERATIVE_AI_API_KEY": "key", "GOOGLE_GEMINI_BASE_URL": gemini}
-    with edition("agent.py") as folder:
-        (folder / "pizza.py").write_text(block("python", "pizza.py:"), "utf-8")
+    settings = {"GOOGLE_GENERATIVE_AI_API_KEY": "key", "TERM": "xterm"}
+    settings["GOOGLE_GEMINI_BASE_URL"] = gemini
+    with TemporaryDirectory() as folder:
+        shutil.copy(ROOT / "agent.py", folder)
+        Path(folder, "pizza.py").write_text(block("python", "pizza.py:"), "utf-8")
         child, terminal = pty.fork()
         if child == 0:
             os.chdir(folder)
-            command = [sys.executable, "pizza.py", "chat"]
-            os.execve(sys.executable, command, {"TERM": "xterm", **settings})
+            os.execve(sys.executable, [sys.executable, "pizza.py", "chat"], settings)
         return "$ python pizza.py chat\n" + await asyncio.to_thread(order, terminal)
 
 
@@ -109,15 +118,12 @@ def draw(shown: str) -> str:
 
 def photograph() -> bytes:
     """A picture of README.md's page in a call, as PNG, and behind it the hash."""
-    sdk = "data:text/javascript;base64," + base64.b64encode(SDK.encode()).decode()
-    page = re.sub(r"https://cdn\.\S+\.esm\.js", sdk, block("html", "js-sdk"))
     with TemporaryDirectory() as folder:
-        file = Path(folder, "index.html")
-        file.write_text(page.replace('"your-agent-id";', '"agent_1";'), "utf-8")
+        url = save_page(Path(folder), SDK, "agent_1").as_uri()
         picture = Path(folder, "page.png")
         command = "chromium --headless --no-sandbox --hide-scrollbars --dump-dom"
         command += " --virtual-time-budget=2000 --force-device-scale-factor=2"
-        command += f" --window-size=620,370 --screenshot={picture} {file.as_uri()}"
+        command += f" --window-size=620,370 --screenshot={picture} {url}"
         shown = subprocess.check_output(command.split(), stderr=subprocess.DEVNULL)
         return picture.read_bytes() + hashlib.sha256(shown).hexdigest().encode()
 
@@ -130,10 +136,8 @@ def main() -> None:
     if sys.argv[1:] != ["--check"]:
         CHAT.write_text(drawn, "utf-8")
         PAGE.write_bytes(photo)
-    elif CHAT.read_text("utf-8") != drawn:
-        sys.exit(f"{CHAT} is not what a terminal shows now:\n{drawn}")
-    elif PAGE.read_bytes()[-64:] != photo[-64:]:
-        sys.exit(f"{PAGE} is not what README.md's page shows now.")
+    elif (CHAT.read_text("utf-8"), PAGE.read_bytes()[-64:]) != (drawn, photo[-64:]):
+        sys.exit("The pictures are not what is shown now: draw them anew.")
 
 
 if __name__ == "__main__":

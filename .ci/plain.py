@@ -6,8 +6,6 @@ Prints each figure beside its ceiling; ruff's rules hold for README.md's blocks 
 the files. Exits with status 1 if a figure is over its ceiling.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import shutil
@@ -19,40 +17,29 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 AGENT = (ROOT / "agent.py").read_text("utf-8")
 README = (ROOT / "README.md").read_text("utf-8")
-DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def count_code(source: str) -> int:
     """The lines that are not blank, comments or docstrings."""
-    docstrings: set[int] = set()
+    lines = source.splitlines()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
-            docstring = node.body[0]
-            assert docstring.end_lineno is not None
-            docstrings.update(range(docstring.lineno, docstring.end_lineno + 1))
-    numbered = enumerate(source.splitlines(), 1)
-    code = [line.strip() for number, line in numbered if number not in docstrings]
-    return sum(bool(line) and not line.startswith("#") for line in code)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            assert node.end_lineno is not None
+            for number in range(node.lineno - 1, node.end_lineno):
+                lines[number] = ""
+    return sum(not line.startswith("#") for line in map(str.strip, lines) if line)
 
 
 def count_lines(*names: str) -> int:
     """The lines of some files together."""
-    texts = [(ROOT / name).read_text("utf-8", "replace") for name in names]
+    texts = [(ROOT / name).read_text("utf-8") for name in names]
     return sum(len(text.splitlines()) for text in texts)
-
-
-def tracked(folder: str) -> list[str]:
-    """The files of a folder that git has and that are still there."""
-    command = ["git", "ls-files", folder]
-    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    names = listed.stdout.decode().splitlines()
-    return [name for name in names if (ROOT / name).is_file()]
 
 
 def check_blocks(folder: Path, blocks: list[str]) -> int:
     """Runs ruff on the blocks, as files beside agent.py; returns how often it fails."""
-    shutil.copy(ROOT / "agent.py", folder)
-    shutil.copy(ROOT / ".ruff.toml", folder)
+    for name in ("agent.py", ".ruff.toml"):
+        shutil.copy(ROOT / name, folder)
     for number, block in enumerate(blocks):
         named = re.match(r'"""(\w+\.py):', block)
         name = named[1] if named else f"block_{number}.py"
@@ -73,18 +60,16 @@ def check_types(folder: Path) -> tuple[int, float]:
 def main() -> None:
     """Prints all figures, and exits with status 1 if one is over its ceiling."""
     fences = re.findall(r"(?ms)^```(\w*).*?\n(.*?)^```", README)
-    talk: list[int] = []
-    others: list[int] = []
-    for _, block in fences:
-        kind = talk if block.startswith('"""talk.py:') else others
-        kind.append(block.count("\n"))
+    sizes = {code.partition(":")[0]: code.count("\n") for _, code in fences}
+    talk = sizes.pop('"""talk.py', 0)
     widths = sorted(len(line) for line in AGENT.splitlines() if line.strip())
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
         blocks = [block for name, block in fences if name == "python"]
         ruff_failures = check_blocks(Path(one), blocks)
         mypy_failures, untyped = check_types(Path(other))
+    ours = subprocess.check_output(["git", "ls-files", ".ci"], cwd=ROOT, text=True)
     # For agent.py, where it stands: the goal is 1,150 lines, 800 of them code, half of
-    # them within 48 columns; for .ci, it is 2,500 lines.
+    # them within 48 columns.
     figures: list[tuple[str, float, float]] = [
         ("agent.py, lines", count_lines("agent.py"), 1770),
         ("agent.py, lines of code", count_code(AGENT), 1140),
@@ -94,16 +79,19 @@ def main() -> None:
         ("README.md's blocks, failures of ruff", ruff_failures, 0),
         ("agent.py, failures of mypy", mypy_failures, 0),
         ("README.md, lines", count_lines("README.md"), 900),
-        ("README.md, lines in fences", sum(talk + others), 600),
-        ("README.md, lines of talk.py", max(talk, default=0), 140),
-        ("README.md, lines of the longest other", max(others), 80),
+        (
+            "README.md, lines in fences",
+            sum(code.count("\n") for _, code in fences),
+            600,
+        ),
+        ("README.md, lines of talk.py", talk, 140),
+        ("README.md, lines of the longest other", max(sizes.values()), 80),
         ("test_agent.py, lines", count_lines("test_agent.py"), 1500),
-        (".ci, lines of all files", count_lines(*tracked(".ci")), 2850),
+        (".ci, lines of all files", count_lines(*ours.splitlines()), 2500),
     ]
     for name, figure, ceiling in figures:
         verdict = "over" if figure > ceiling else ""
         print(f"{name:45}{figure:>8}{ceiling:>8} {verdict}".rstrip())
-    print("agent.py, lines with Any:", len(re.findall(r"(?m)^.*\bAny\b", AGENT)))
     if any(figure > ceiling for _, figure, ceiling in figures):
         sys.exit("Something is over its ceiling.")
 

@@ -1,7 +1,5 @@
 """Ports of this machine, for what is started to be tested or measured."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 

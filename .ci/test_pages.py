@@ -1,26 +1,22 @@
 """The page and talk.py in a real Chromium; LAYERCODE_JS_SDK names the SDK's file."""
 
-from __future__ import annotations
-
-import base64
 import http.client
 import json
 import os
-import re
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from subprocess import PIPE, Popen
 from typing import Any
 
 import pytest
 import recipes
 from aiohttp import web
+from pictures import save_page
 from ports import free_port
+from served import running
 
 PATIENCE = 20  # Seconds that anything may take on a machine that is busy.
 # Chromium has a fake microphone and, because there is nothing but this machine, no CDN.
@@ -56,29 +52,23 @@ class Browser:
         self.command("/url", url=url)
 
     def run(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
         return self.command("/execute/sync", script=f"return {expression}", args=[])
 
     def until(self, condition: str) -> None:
-        """Waits until a JavaScript expression is true."""
         end = time.monotonic() + PATIENCE
         while not self.run(f"Boolean({condition})"):
-            shown = self.run("document.body.innerText")
-            assert time.monotonic() < end, f"not {condition}: {shown!r}"
+            assert time.monotonic() < end, f"not {condition}: {self.log()}"
             time.sleep(0.02)
 
     def shows(self, words: str) -> None:
-        """Waits until the page shows some words."""
         self.until(f"document.body.innerText.includes({json.dumps(words)})")
 
     def use(self, selector: str, action: str, **body: Any) -> None:
-        """Clicks an element, or types into it."""
         found = self.command("/element", using="css selector", value=selector)
         [identifier] = found.values()
         self.command(f"/element/{identifier}/{action}", **body)
 
     def press(self, label: str) -> None:
-        """Presses the button, once it can be pressed and says this."""
         self.until(f"document.querySelector('button:enabled')?.innerText == '{label}'")
         self.use("button", "click")
 
@@ -89,30 +79,14 @@ class Browser:
         return [line for _, *line in sorted(lines) if line[-1]]
 
 
-@contextmanager
-def running(program: str, argument: str, up: str, **settings: str) -> Iterator[None]:
-    """Runs a program, from when it says that it is up."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **settings}
-    with Popen([program, argument], stdout=PIPE, env=environment) as process:
-        try:
-            assert process.stdout is not None
-            assert any(up.encode() in line for line in process.stdout), "it has ended"
-            yield
-        finally:
-            process.kill()
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One Chromium for all tests."""
     port = free_port()
-    with running("chromedriver", f"--port={port}", "started successfully"):
+    with running("chromedriver", f"--port={port}", up="started successfully"):
         browser = Browser(port)
         yield browser
         browser.command("", "DELETE")
 
-
-# ---- The page ------------------------------------------------------------------------
 
 # In the place of the SDK; the tests do what Layercode would.
 STUB = """
@@ -126,27 +100,14 @@ export default class {
 """
 
 
-def save_page(folder: Path, sdk: str = STUB, agent_id: str = "an-agent") -> Path:
-    """Saves the page as README.md has it, but for the SDK and the agent's id."""
-    readme = recipes.README.read_text("utf-8")
-    [text] = re.findall(r"(?ms)^```html\n(.*?)^```$", readme)
-    url = f"data:text/javascript;base64,{base64.b64encode(sdk.encode()).decode()}"
-    text = re.sub(r"https://cdn\S+\.esm\.js", url, text) if sdk else text
-    file = folder / "index.html"
-    file.write_text(text.replace('"your-agent-id"', f'"{agent_id}"', 1), "utf-8")
-    return file
-
-
 @pytest.fixture
 def page(browser: Browser, tmp_path: Path) -> Browser:
-    """The page with the stub of the SDK."""
-    browser.open(save_page(tmp_path).as_uri())
+    browser.open(save_page(tmp_path, STUB, "an-agent").as_uri())
     browser.until("window.sdk")
     return browser
 
 
 def get(page: Browser, kind: str, content: Any, turn: str = "t") -> None:
-    """Has the page get a message from Layercode."""
     handler = "onDataMessage" if kind == "response.data" else "onMessage"
     message = json.dumps({"type": kind, "content": content, "turn_id": turn})
     page.run(f"sdk.options.{handler}({message})")
@@ -172,8 +133,11 @@ def test_a_conversation_is_drawn_as_it_is_spoken(page: Browser) -> None:
     ]
 
 
-def test_the_page_tells_who_is_speaking_until_one_hangs_up(page: Browser) -> None:
+def test_the_page_tells_of_errors_and_who_is_speaking(page: Browser) -> None:
+    page.run("sdk.options.onError(new TypeError('x is not a function'))")
+    page.until("document.querySelector('p').innerText == 'x is not a function'")
     page.press("Start talking")
+    page.until("document.querySelector('p').innerText == ''")
     page.shows("Listening")
     page.run("sdk.options.onUserIsSpeakingChange(true)")
     page.shows("Hearing you")
@@ -183,17 +147,10 @@ def test_the_page_tells_who_is_speaking_until_one_hangs_up(page: Browser) -> Non
     page.shows("Not connected")
 
 
-def test_an_error_of_the_sdk_is_told_as_it_is(page: Browser) -> None:
-    page.run("sdk.options.onError(new TypeError('x is not a function'))")
-    assert page.run("document.querySelector('p').innerText") == "x is not a function"
-    page.press("Start talking")
-    assert page.run("document.querySelector('p').innerText") == ""
-
-
 def test_a_page_says_what_it_lacks(browser: Browser, tmp_path: Path) -> None:
-    browser.open(save_page(tmp_path, sdk="").as_uri())
+    browser.open(save_page(tmp_path, "", "an-agent").as_uri())
     browser.shows("Layercode's SDK cannot be loaded. Is its address blocked?")
-    browser.open(save_page(tmp_path, agent_id="your-agent-id").as_uri())
+    browser.open(save_page(tmp_path, STUB, "your-agent-id").as_uri())
     browser.press("Start talking")
     browser.shows("Write your agent's id into index.html first.")
 
@@ -230,18 +187,18 @@ async def layercode(request: web.Request) -> web.StreamResponse:
 def test_the_real_sdk_gets_its_session_from_the_agent_that_serves_the_page(
     browser: Browser, tmp_path: Path
 ) -> None:
-    port, cloud = str(free_port()), free_port()
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", layercode)
-    how = {"port": cloud, "handle_signals": False, "print": None}
+    how = {"port": (cloud := free_port()), "handle_signals": False, "print": None}
     threading.Thread(target=web.run_app, args=[app], kwargs=how, daemon=True).start()
     sdk = Path(os.environ["LAYERCODE_JS_SDK"]).read_text("utf-8")
     sdk = sdk.replace("wss://api.layercode.com", f"ws://127.0.0.1:{cloud}")
-    settings = {"PORT": port, "LAYERCODE_API_URL": f"http://127.0.0.1:{cloud}"}
-    file = shutil.copy(recipes.AGENT, str(tmp_path))
-    with running(sys.executable, file, "Up", LAYERCODE_API_KEY="A-KEY", **settings):
+    url = f"http://127.0.0.1:{cloud}"
+    settings = {"LAYERCODE_API_URL": url, "LAYERCODE_API_KEY": "A-KEY"}
+    file = str(shutil.copy(recipes.AGENT, tmp_path))
+    with running(sys.executable, file, up="Up", **settings) as served:
         save_page(tmp_path, sdk, "another-agent")
-        browser.open(f"http://127.0.0.1:{port}")
+        browser.open(served.url)
         browser.press("Start talking")
         browser.shows("insufficient balance")
         save_page(tmp_path, sdk, "an-agent")
@@ -252,8 +209,6 @@ def test_the_real_sdk_gets_its_session_from_the_agent_that_serves_the_page(
     browser.press("Start talking")
     browser.shows("The agent does not answer. Is it running?")
 
-
-# ---- talk.py -------------------------------------------------------------------------
 
 # The tests say when the voice ends a sentence, and what the recognition hears.
 SENSES = """
@@ -301,9 +256,9 @@ def pizza(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     file = tmp_path_factory.mktemp("pizza") / "pizza.py"
     recipes.save("talk.py", file.parent)
     file.write_text(PIZZA)
-    settings = {"PORT": str(free_port()), "HOST": "0.0.0.0", "LAYERCODE_API_KEY": "KEY"}
-    with running(sys.executable, str(file), "http://127.0.0.1", **settings):
-        yield f"http://127.0.0.1:{settings['PORT']}"
+    settings = {"HOST": "0.0.0.0", "LAYERCODE_API_KEY": "KEY"}
+    with running(sys.executable, str(file), up="http://127", **settings) as served:
+        yield served.url
 
 
 @pytest.fixture
@@ -316,7 +271,6 @@ def call(browser: Browser, pizza: str) -> Browser:
 
 
 def begin(call: Browser, text: str) -> None:
-    """Waits until the voice has a sentence to speak."""
     call.until(f"window.sentence?.text.trim() == {json.dumps(text)}")
 
 
@@ -328,19 +282,26 @@ def speak(call: Browser, *sentences: str) -> None:
 
 
 def hear(call: Browser, words: str, is_final: bool = True) -> None:
-    """Has the recognition hear the caller."""
     call.until("window.recognition")
     call.run(f"recognition.hear({json.dumps(words)}, {json.dumps(is_final)})")
 
 
-def test_what_is_typed_is_answered_aloud(call: Browser) -> None:
+def test_without_a_microphone_what_is_typed_is_answered_aloud(call: Browser) -> None:
+    call.until("window.recognition")
+    call.run("recognition.onerror({ error: 'not-allowed' })")
     call.use("input", "value", text="Hello\n")
     speak(call, "You heard: Luigi's Pizza!", "What can I get you?")
     assert call.log() == [
         ["agent", "Luigi's Pizza! What can I get you?"],
+        ["data", "The browser cannot hear you (not-allowed), but you can type."],
         ["caller", "Hello"],
         ["agent", "You heard: Luigi's Pizza! What can I get you?"],
     ]
+    # Data is shown as text, and the agent can hang up.
+    call.use("input", "value", text="Goodbye\n")
+    speak(call, "Bye!")
+    call.shows("The agent has hung up.")
+    assert call.log()[-1] == ["data", '{"bill":"<b>12</b>"}']
 
 
 def test_who_speaks_over_it_interrupts_and_what_was_heard_counts(call: Browser) -> None:
@@ -377,19 +338,6 @@ def test_in_firefox_the_first_key_interrupts(browser: Browser, pizza: str) -> No
     begin(browser, "You heard: Luigi's Pizza!")
 
 
-def test_a_blocked_microphone_is_said(call: Browser) -> None:
-    call.until("window.recognition")
-    call.run("recognition.onerror({ error: 'not-allowed' })")
-    call.shows("The browser cannot hear you (not-allowed), but you can type.")
-
-
-def test_data_is_shown_as_text_and_the_agent_can_hang_up(call: Browser) -> None:
-    hear(call, "Goodbye")
-    speak(call, "Bye!")
-    call.shows("The agent has hung up.")
-    assert call.log()[-1] == ["data", '{"bill":"<b>12</b>"}']
-
-
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_no_other_page_gets_anything(method: str, pizza: str) -> None:
     ours = pizza.removeprefix("http://")
@@ -406,9 +354,8 @@ def test_no_other_page_gets_anything(method: str, pizza: str) -> None:
 
 def test_it_needs_no_keys_and_no_voice(browser: Browser, tmp_path: Path) -> None:
     file = recipes.save("talk.py", tmp_path)
-    port = str(free_port())
-    with running(sys.executable, str(file), "http://127.0.0.1", PORT=port):
-        browser.open(f"http://127.0.0.1:{port}", SENSES + "window.voices = [];")
+    with running(sys.executable, str(file), up="http://127") as served:
+        browser.open(served.url, SENSES + "window.voices = [];")
         browser.press("Call")
         browser.shows("How can I help you today?")
         browser.use("input", "value", text="Good morning\n")
