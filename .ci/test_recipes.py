@@ -88,10 +88,9 @@ async def authorize(caller: Caller, token: str = "", **page: Any) -> tuple[str, 
 async def test_two_lines_are_an_agent_and_six_more_a_tool(
     serve: Serve, load: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    caller = await serve(load("pizza.py").Pizza(SETTINGS))
+    caller = await serve(load("pizza.py").Pizza(SETTINGS), [[[ORDER]], ["Soon!"]])
     assert await caller.say() == "Luigi's Pizza! What can I get you?"
-    caller.gemini.scripts = [[[ORDER]], ["In twenty minutes!"]]
-    assert await caller.say("Two salami.") == "In twenty minutes!"
+    assert await caller.say("Two salami.") == "Soon!"
     given = [{"output": "They'll be ready in twenty minutes."}]
     assert caller.gemini.results() == given
     assert capfd.readouterr().out == f"{caller.conversation} 2 salami\n"
@@ -100,51 +99,45 @@ async def test_two_lines_are_an_agent_and_six_more_a_tool(
     assert "Orders so many pizzas of a kind" in asked
 
 
-@pytest.fixture
-async def pizzeria(serve: Serve, load: Any) -> Caller:
-    return await serve(load("pizzeria.py").Pizzeria(SETTINGS))
-
-
-async def test_greetings_are_by_name_or_by_gemini(pizzeria: Caller) -> None:
-    greeting = await pizzeria.say(custom_metadata={"name": "Ada"})
-    assert (greeting, pizzeria.gemini.asked) == ("Hi Ada! What can I get you?", [])
-    pizzeria = pizzeria.another()
-    pizzeria.gemini.scripts = [["Luigi's! ", "Try the salami."]]
-    assert await pizzeria.say() == "Luigi's! Try the salami."
-    direction = "(The phone rings. Answer it, and praise a pizza.)"
-    assert pizzeria.gemini.shown() == [direction]
-    await pizzeria.say("Yes, please.")
-    assert pizzeria.gemini.shown()[1:] == ["Luigi's! Try the salami.", "Yes, please."]
-    assert direction not in pizzeria.gemini.shown()
-
-
-async def test_the_menu_is_shown_and_the_goodbye_comes_last(pizzeria: Caller) -> None:
+async def test_a_pizzeria_greets_and_shows_its_menu_and_hangs_up(
+    serve: Serve, load: Any
+) -> None:
     goodbye: list[Any] = ["There you are. ", [{"text": "Ciao!"}, call("hang_up")]]
-    pizzeria.gemini.scripts = [[[call("show_menu")]], goodbye, [""]]
-    frames = await pizzeria.frames(pizzeria.event("What is there?"))
+    scripts = [["Luigi's! ", "Try it."], [[call("show_menu")]], goodbye, [""]]
+    caller = await serve(load("pizzeria.py").Pizzeria(SETTINGS), scripts)
+    ada = caller.another()
+    greeting = await ada.say(custom_metadata={"name": "Ada"})
+    assert (greeting, caller.gemini.asked) == ("Hi Ada! What can I get you?", [])
+    assert await caller.say() == "Luigi's! Try it."
+    direction = "(The phone rings. Answer it, and praise a pizza.)"
+    assert caller.gemini.shown() == [direction]
+    frames = await caller.frames(caller.event("What is there?"))
     shown = [one["content"] for one in frames if one["type"] == "response.data"]
     assert {"margherita": 9, "salami": 11} in shown
     assert {"tool": "show_menu", "state": "done"} in shown
     assert frames[-1] == {"type": "response.hangup"}
-    declared = json.dumps(pizzeria.gemini.asked[0]["tools"])
+    assert caller.gemini.shown()[1:3] == ["Luigi's! Try it.", "What is there?"]
+    assert direction not in caller.gemini.shown()
+    declared = json.dumps(caller.gemini.asked[-1]["tools"])
     for words in ('"order"', "Shows the caller the pizzas", "Ends the call, once you"):
         assert words in declared
 
 
-async def test_the_page_gets_prices_the_menu_and_a_call_with_the_code(
-    pizzeria: Caller,
+async def test_its_page_gets_prices_the_menu_and_with_the_code_a_call(
+    serve: Serve, load: Any
 ) -> None:
-    data = pizzeria.event(type="data", data={"pizza": "salami"})
+    caller = await serve(load("pizzeria.py").Pizzeria(SETTINGS))
+    data = caller.event(type="data", data={"pizza": "salami"})
     shown = {"type": "response.data", "content": {"price": 11}}
-    for event, answer in ((data, shown), (pizzeria.event(type="session.end"), {})):
-        assert await (await pizzeria.answer(event)).json() == answer
-    async with pizzeria.http.get(f"{pizzeria.url}/menu") as menu:
+    for event, answer in ((data, shown), (caller.event(type="session.end"), {})):
+        assert await (await caller.answer(event)).json() == answer
+    async with caller.http.get(f"{caller.url}/menu") as menu:
         assert await menu.json() == {"margherita": 9, "salami": 11}
     for metadata in (None, {}, {"code": "funghi"}, "tonno"):
-        refused, _ = await authorize(pizzeria, metadata=metadata)
+        refused, _ = await authorize(caller, metadata=metadata)
         assert refused == "403 The code is on the menu."
-    assert not pizzeria.gemini.sessions
-    assert (await authorize(pizzeria, metadata={"code": "tonno"}))[0] == "200 OK"
+    assert not caller.gemini.sessions
+    assert (await authorize(caller, metadata={"code": "tonno"}))[0] == "200 OK"
 
 
 # ---- Redis ---------------------------------------------------------------------------
@@ -156,8 +149,9 @@ class Redis:
     one: Caller
     other: Caller
 
-    def __init__(self, folder: Path, recipe: Any) -> None:
-        self.recipe, self.folder, self.port = recipe, folder, str(free_port())
+    def __init__(self, folder: Path, load: Any) -> None:
+        self.folder, self.port = folder, str(free_port())
+        self.recipe = load("redis_agent.py")
 
     def start(self) -> None:
         """Starts it, with nothing in it."""
@@ -186,7 +180,7 @@ async def redis(
     serve: Serve, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Redis]:
     """A Redis with nothing in it; one that has failed is asked again at once."""
-    server = Redis(tmp_path, load("redis_agent.py"))
+    server = Redis(tmp_path, load)
     monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{server.port}")
     assert (server.recipe.PATIENCE, server.recipe.PAUSE) == (1, 5)
     assert server.recipe.RedisSettings().redis_url == "redis://localhost:6379"
@@ -284,31 +278,24 @@ async def test_a_spoilt_key_affects_one_call(redis: Redis, spoilt: str) -> None:
     assert redis.shown() == ["I am Ada.", SURE, "Who am I?"]
 
 
-async def test_many_calls_at_once_find_redis(redis: Redis) -> None:
-    histories = redis.recipe.RedisHistories()
-    for first in range(0, 1_200, 300):
-        names = [str(first + number) for number in range(300)]
-        facts = [histories.record(name, "1", user="Hi") for name in ["0", *names]]
-        await asyncio.gather(*facts)
-    assert "Redis" not in str(redis.one.log())
-    # And the last thousand of them are known without it.
-    await redis.stop()
-    known = [name for name in ("0", "1", "199", "250") if await histories.load(name)]
-    assert known == ["0", "250"]
-
-
-async def test_the_order_of_turns_is_that_of_redis(redis: Redis) -> None:
+async def test_many_calls_at_once_find_redis_and_have_its_order(redis: Redis) -> None:
     one, other = [redis.recipe.RedisHistories() for _ in range(2)]
-    for number in range(100):
-        await one.record("a", str(number), user="Hi")
+    for first in range(1, 1_200, 300):
+        names = [str(first + number) for number in range(300)]
+        facts = [one.record(name, "1", user="Hi") for name in ["0", *names]]
+        await asyncio.gather(*facts)
     one.away_until = float("inf")
-    await one.record("a", "missed", user="Hi")
-    await other.record("a", "between", user="Hi")
+    # It knows the last thousand of them by itself.
+    known = [name for name in ("0", "1", "200", "250") if await one.load(name)]
+    assert known == ["0", "250"]
+    await one.record("0", "missed", user="Hi")
+    await other.record("0", "between", user="Hi")
     one.away_until = 0
     for histories in (one, other):
-        assert list(await histories.load("a"))[99:] == ["99", "between", "missed"]
-    # It has each fact once.
-    assert redis.ask("llen", key="a") == "102\n"
+        assert list(await histories.load("0")) == ["1", "between", "missed"]
+    # Redis has each fact once.
+    assert redis.ask("llen", key="0") == "3\n"
+    assert "Redis" not in str(redis.one.log())
 
 
 # ---- Any OpenAI-compatible server ----------------------------------------------------
@@ -347,39 +334,33 @@ class OpenAI:
 
 
 @pytest.fixture
-async def openai(aiohttp_server: Any, monkeypatch: pytest.MonkeyPatch) -> OpenAI:
+async def openai(aiohttp_server: Any, serve: Serve, load: Any, monkeypatch: Any) -> Any:
+    """An OpenAI-compatible server, and a caller of openai_agent.py, which asks it."""
     fake = OpenAI()
     app = web.Application()
     app.router.add_post("/v1/chat/completions", fake.complete)
     url = test_agent.url_of(await aiohttp_server(app, shutdown_timeout=0))
-    monkeypatch.setenv("OPENAI_BASE_URL", f"{url}/v1/")
-    monkeypatch.setenv("OPENAI_API_KEY", "a key")
-    monkeypatch.setenv("OPENAI_MODEL", "small")
-    return fake
-
-
-@pytest.fixture
-async def one(serve: Serve, openai: OpenAI, load: Any) -> Caller:
-    """A caller of openai_agent.py."""
+    for name, value in {"BASE_URL": f"{url}/v1/", "API_KEY": "k", "MODEL": "m"}.items():
+        monkeypatch.setenv(f"OPENAI_{name}", value)
     agent = load("openai_agent.py").OpenAIAgent(SETTINGS)
     agent.ask_again_after = 0.5
-    return await serve(agent)
+    return fake, await serve(agent)
 
 
-async def test_any_model_is_asked_as_openai_has_it(one: Caller, openai: OpenAI) -> None:
+async def test_any_model_is_asked_as_openai_has_it(openai: Any) -> None:
+    server, one = openai
     defaults = sys.modules["openai_agent"].OpenAISettings()
     assert defaults.openai_base_url.startswith("https://generativelanguage.googleapis")
     assert defaults.openai_model == defaults.gemini_model
     greeting = await one.say()
-    openai.scripts = [["Sure, ", "the first ", forever], [forever]]
+    server.scripts = [["Sure, ", "the first ", forever], [forever]]
     turn = await barge_in(one, "How?", after="the first ")
-    await asyncio.wait_for(openai.is_quiet.wait(), 5)
+    await asyncio.wait_for(server.is_quiet.wait(), 5)
     async with one.post(one.event("Cake!", **report("Sure", turn))):
         pass
     assert await one.say("Hello?") == SURE
-    asked = openai.asked[-1]
-    assert (asked["model"], asked["key"]) == ("small", "Bearer a key")
-    assert asked["stream"] is True
+    asked = server.asked[-1]
+    assert (asked["model"], asked["key"], asked["stream"]) == ("m", "Bearer k", True)
     told = [(one["role"], one["content"]) for one in asked["messages"]]
     assert told[0] == ("system", f"{Agent.persona}\n{Agent.voice_rules}")
     assert told[2:4] == [("assistant", greeting), ("user", "How?")]
@@ -398,10 +379,11 @@ async def test_any_model_is_asked_as_openai_has_it(one: Caller, openai: OpenAI) 
     [b'data:{"choices": [{"delta": {"content": "Sure, "}}]}\n', "no < problem."],
     ["Sure, no < problem.", b"data: [DONE]\n\n", forever],
 )
-async def test_only_words_are_spoken(one: Caller, openai: OpenAI, script: Any) -> None:
-    openai.scripts = [[*script]]
+async def test_only_words_are_spoken(openai: Any, script: Any) -> None:
+    server, one = openai
+    server.scripts = [[*script]]
     assert await one.say("Hi") == "Sure, no < problem."
-    assert len(openai.asked) == 1
+    assert len(server.asked) == 1
 
 
 @cases(
@@ -413,11 +395,12 @@ async def test_only_words_are_spoken(one: Caller, openai: OpenAI, script: Any) -
     (["Well.", ERROR], 1, f"Well. {Agent.apology}", "server reported an error"),
 )
 async def test_what_says_nothing_is_asked_twice_unless_it_refuses(
-    one: Caller, openai: OpenAI, script: Any, asked: int, said: str, why: str
+    openai: Any, script: Any, asked: int, said: str, why: str
 ) -> None:
-    openai.scripts = [[*script]]
+    server, one = openai
+    server.scripts = [[*script]]
     assert await one.say("Hi") == said
-    assert len(openai.asked) == asked
+    assert len(server.asked) == asked
     assert why in str(one.log())
 
 
@@ -464,8 +447,7 @@ async def test_a_conversation_is_resumed_by_who_began_it_and_nobody_else(
 ) -> None:
     login = load("login_agent.py")
     ada, bob = [login.make_token(name, name, SECRET) for name in ("ada", "bob")]
-    agents = [login.LoginAgent(SETTINGS) for _ in range(2)]
-    caller, other = [await serve(agent) for agent in agents]
+    caller, other = [await serve(login.LoginAgent(SETTINGS)) for _ in range(2)]
     caller.gemini.session["text"] = '{"conversation_id": "call.2"}'
     _, answer = await authorize(caller, bob)
     mark = answer["conversation_id"].rpartition(".")[2]
@@ -476,12 +458,11 @@ async def test_a_conversation_is_resumed_by_who_began_it_and_nobody_else(
     assert (await authorize(other, ada, conversation_id=owned))[1] == answer
     assert caller.gemini.sessions[-1]["conversation_id"] == "call.1"
     for stolen in (owned, "call.1", "call.1.", f"call.1.{mark}", "é"):
-        for name in ("conversation_id", "session_id"):
-            refused, _ = await authorize(caller, bob, **{name: stolen})
-            assert refused == "403 This conversation is not yours."
-    # A signature with another secret is none.
-    another = {"layercode_webhook_secret": "another"}
-    agents[0].settings = replace(agents[0].settings, **another)
+        refused, _ = await authorize(caller, bob, conversation_id=stolen)
+        assert refused == "403 This conversation is not yours."
+    # Nor is it with another secret.
+    settings = replace(SETTINGS, layercode_webhook_secret="another")
+    caller = await serve(login.LoginAgent(settings))
     ada = login.make_token("ada", "ada", "another")
     refused, _ = await authorize(caller, ada, conversation_id=owned)
     assert refused == "403 This conversation is not yours."
@@ -517,43 +498,41 @@ def test_the_page_sends_its_users_token(status: int, requests: int) -> None:
 # ---- Transcripts, and your own aiohttp application -----------------------------------
 
 
-@contextlib.contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Has another program write to a database for a while."""
-    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        yield
+@pytest.fixture
+def calls(tmp_path: Path) -> Iterator[sqlite3.Connection]:
+    """A database to which another program, this one, writes until it commits."""
+    file = tmp_path / "calls.sqlite"
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as calls:
+        calls.execute("BEGIN EXCLUSIVE")
+        yield calls
 
 
 async def test_each_transcript_is_kept_once_although_the_database_was_locked(
-    serve: Serve, load: Any, tmp_path: Path
+    serve: Serve, load: Any, calls: sqlite3.Connection
 ) -> None:
     caller = await serve(load("transcripts.py").TranscriptsAgent(SETTINGS))
     end, other = [caller.event(type="session.end", transcript=[1]) for _ in range(2)]
-    with locked(tmp_path / "calls.sqlite"):
-        again = [end, dict(reversed(end.items()))] * 20
-        told = [asyncio.create_task(caller.answer(event)) for event in again]
-        assert await caller.say("Still there?") == SURE
-        assert not any(one.done() for one in told)
+    again = [end, dict(reversed(end.items()))] * 20
+    told = [asyncio.create_task(caller.answer(event)) for event in again]
+    assert await caller.say("Still there?") == SURE
+    assert not any(one.done() for one in told)
+    calls.execute("COMMIT")
     assert {one.status for one in await asyncio.gather(*told)} == {200}
     for event in (other, caller.event(type="data")):
         assert (await caller.answer(event)).status == 200
-    with contextlib.closing(sqlite3.connect(tmp_path / "calls.sqlite")) as calls:
-        kept = calls.execute("SELECT event FROM calls ORDER BY rowid").fetchall()
+    kept = calls.execute("SELECT event FROM calls ORDER BY rowid").fetchall()
     assert [json.loads(event) for (event,) in kept] == [end, other]
 
 
 async def test_a_locked_database_does_not_hold_up_the_stop(
-    begin: Any, tmp_path: Path
+    begin: Any, calls: sqlite3.Connection
 ) -> None:
-    with locked(tmp_path / "calls.sqlite"):
-        process, caller = await begin(recipes.block("transcripts.py"))
-        end = caller.event(type="session.end")
-        told = asyncio.create_task(caller.answer(end))
-        await caller.say()
-        process.terminate()
-        status, log = await asyncio.wait_for(test_agent.end_of(process), 15)
-        await asyncio.gather(told, return_exceptions=True)
+    process, caller = await begin(recipes.block("transcripts.py"))
+    told = asyncio.create_task(caller.answer(caller.event(type="session.end")))
+    await caller.say()
+    process.terminate()
+    status, log = await asyncio.wait_for(test_agent.end_of(process), 15)
+    await asyncio.gather(told, return_exceptions=True)
     assert (status, "failed in notice(): it was cut off" in log) == (0, True)
 
 
@@ -568,8 +547,7 @@ async def test_an_application_has_two_agents_and_notices_a_barge_in(
     assert (await pizza.say()).startswith("Luigi")
     caller.gemini.scripts = [["Well, ", forever]]
     await barge_in(pizza, "A salami.", after="Well, ")
-    async with asyncio.timeout(5):
-        await caller.gemini.until(open=0)
+    await caller.gemini.until(open=0)
     await roses.say("Roses.")
     assert "A salami." not in caller.gemini.shown()
     pizza.secret = "another secret"
