@@ -144,7 +144,6 @@ async def test_the_log_says_how_each_turn_went_in_the_words_of_readme(
     caller.gemini.scripts = [["Hi."], ["Well, ", forever]]
     await caller.say("Hello")
     await barge_in(caller, "Hello?", after="Well, ")
-    await caller.gemini.until(open=0)
     caller.gemini.scripts = [[""], [""]]
     await caller.say("Hello?")
     lines = [line for line in caller.log() if "first_word" in line]
@@ -190,7 +189,6 @@ async def test_words_and_interruptions_go_through_nginx_at_once(
         caller.gemini.scripts = [["Once upon ", forever]]
         # That it is heard at all shows that nginx does not hold it back.
         await barge_in(caller, "A story!", after="Once upon ")
-        await caller.gemini.until(open=0)
         assert (await caller.status(bytes(2**20 + 1)))[0] == 413
 
 

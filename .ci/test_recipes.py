@@ -26,17 +26,7 @@ from ports import free_port
 
 import test_agent
 from agent import Agent
-from test_agent import (
-    SECRET,
-    SETTINGS,
-    SURE,
-    Caller,
-    Serve,
-    call,
-    cases,
-    forever,
-    report,
-)
+from test_agent import SECRET, SETTINGS, SURE, Caller, Serve, call, cases, forever
 
 ORDER = call("order", pizza="salami", number=2)
 ERROR = b'data: {"error": {"message": "overloaded"}}\n\n'
@@ -49,14 +39,15 @@ def load(tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def begin(run: Any, caller: Caller) -> Any:
-    """Runs a file in a process of its own; gives it and a caller of it."""
+def begin(run: Any, caller: Caller, tmp_path: Path) -> Any:
+    """Runs a recipe in a process of its own; gives it and a caller of it."""
 
-    async def begin(code: str) -> tuple[Any, Caller]:
+    async def begin(name: str) -> tuple[Any, Caller]:
         port = str(free_port())
-        settings = {"PORT": port, "LAYERCODE_WEBHOOK_SECRET": caller.secret}
-        settings |= {"PIZZA_SECRET": caller.secret, "ROSES_SECRET": "another secret"}
+        settings = {"PORT": port, "LAYERCODE_WEBHOOK_SECRET": SECRET}
+        settings |= {"PIZZA_SECRET": SECRET, "ROSES_SECRET": "another secret"}
         settings["GOOGLE_GENERATIVE_AI_API_KEY"] = "key"
+        code = recipes.save(name, tmp_path).read_text()
         process = await run(code=code.replace("port=3000", f"port={port}"), **settings)
         await test_agent.printed(process, "http://127.0.0.1:")
         return process, replace(caller, url=f"http://127.0.0.1:{port}")
@@ -70,6 +61,9 @@ async def barge_in(caller: Caller, text: str, after: str) -> str:
     async with caller.post(event) as response:
         await caller.hear(response, after)
         response.close()
+    # Before the agent's patience ends it.
+    async with asyncio.timeout(5):
+        await caller.gemini.until(open=0)
     return str(event["turn_id"])
 
 
@@ -91,8 +85,7 @@ async def test_two_lines_are_an_agent_and_six_more_a_tool(
     caller = await serve(load("pizza.py").Pizza(SETTINGS), [[[ORDER]], ["Soon!"]])
     assert await caller.say() == "Luigi's Pizza! What can I get you?"
     assert await caller.say("Two salami.") == "Soon!"
-    given = [{"output": "They'll be ready in twenty minutes."}]
-    assert caller.gemini.results() == given
+    assert "They'll be ready in twenty minutes." in str(caller.gemini.results())
     assert capfd.readouterr().out == f"{caller.conversation} 2 salami\n"
     asked = json.dumps(caller.gemini.asked[0])
     assert "You take orders for Luigi's Pizza in Leeds." in asked
@@ -210,7 +203,7 @@ async def test_a_call_that_alternates_is_whole_and_kept_a_day(redis: Redis) -> N
 async def test_what_a_tool_gave_is_known_before_it_is_spoken(redis: Redis) -> None:
     redis.one.gemini.scripts = [[[ORDER]], ["It's ", forever]]
     turn = await barge_in(redis.one, "Two salami!", after="It's ")
-    await redis.other.say("Hello?", **report("It", turn))
+    await redis.other.say("Hello?", **test_agent.report("It", turn))
     await redis.one.say("And?")
     assert "ready in twenty minutes" in str(redis.shown())
     assert redis.shown()[3:] == ["It [interrupted]", "Hello?", SURE, "And?"]
@@ -219,7 +212,7 @@ async def test_what_a_tool_gave_is_known_before_it_is_spoken(redis: Redis) -> No
 async def test_a_process_that_is_killed_and_started_again_knows_all(
     redis: Redis, begin: Any
 ) -> None:
-    process, one = await begin(recipes.block("redis_agent.py"))
+    process, one = await begin("redis_agent.py")
     one.gemini.scripts = [["Hello, Ada."], ["Well, ", forever]]
     await one.say("I am Ada.")
     async with one.post(one.event("Who am I?")) as response:
@@ -227,7 +220,7 @@ async def test_a_process_that_is_killed_and_started_again_knows_all(
         process.kill()
         await process.wait()
     await redis.other.say("Hello?")
-    _, again = await begin(recipes.block("redis_agent.py"))
+    _, again = await begin("redis_agent.py")
     await again.say("And now?")
     said = ["I am Ada.", "Hello, Ada.", "Who am I?", "Hello?", SURE, "And now?"]
     assert redis.shown() == said
@@ -301,65 +294,54 @@ async def test_many_calls_at_once_find_redis_and_have_its_order(redis: Redis) ->
 # ---- Any OpenAI-compatible server ----------------------------------------------------
 
 
-class OpenAI:
+class OpenAI(test_agent.Gemini):
     """An OpenAI-compatible server. In a script, a number is a status, bytes are sent as
     they are, a function is waited for, a dict is a delta, anything else a content."""
 
-    def __init__(self) -> None:
-        self.scripts: list[list[Any]] = []
-        self.asked: list[Any] = []
-        self.is_quiet = asyncio.Event()
-
-    async def complete(self, request: web.Request) -> web.StreamResponse:
+    async def generate(self, request: web.Request) -> web.StreamResponse:
         key = request.headers["Authorization"]
         self.asked.append({**await request.json(), "key": key})
         script = self.scripts.pop(0) if self.scripts else [SURE]
         status = script.pop(0) if isinstance(script[0], int) else 200
         response = web.StreamResponse(status=status)
-        self.is_quiet.clear()
-        try:
-            await response.prepare(request)
-            for step in [*script, b"data: [DONE]\n\n"]:
-                if callable(step):
-                    await step()
-                elif isinstance(step, bytes):
-                    await response.write(step)
-                else:
-                    delta = step if isinstance(step, dict) else {"content": step}
-                    frame = json.dumps({"choices": [{"delta": delta}]})
-                    await response.write(f"data: {frame}\n\n".encode())
-        finally:
-            self.is_quiet.set()
+        await response.prepare(request)
+        for step in [*script, b"data: [DONE]\n\n"]:
+            if callable(step):
+                await step()
+            elif isinstance(step, bytes):
+                await response.write(step)
+            else:
+                delta = step if isinstance(step, dict) else {"content": step}
+                frame = json.dumps({"choices": [{"delta": delta}]})
+                await response.write(f"data: {frame}\n\n".encode())
         return response
 
 
 @pytest.fixture
-async def openai(aiohttp_server: Any, serve: Serve, load: Any, monkeypatch: Any) -> Any:
-    """An OpenAI-compatible server, and a caller of openai_agent.py, which asks it."""
-    fake = OpenAI()
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", fake.complete)
+async def one(aiohttp_server: Any, serve: Serve, load: Any, monkeypatch: Any) -> Caller:
+    """A caller of openai_agent.py, and the server that it asks."""
+    server = OpenAI()
+    app = web.Application(middlewares=[server.count])
+    app.router.add_post("/v1/chat/completions", server.generate)
     url = test_agent.url_of(await aiohttp_server(app, shutdown_timeout=0))
     for name, value in {"BASE_URL": f"{url}/v1/", "API_KEY": "k", "MODEL": "m"}.items():
         monkeypatch.setenv(f"OPENAI_{name}", value)
     agent = load("openai_agent.py").OpenAIAgent(SETTINGS)
     agent.ask_again_after = 0.5
-    return fake, await serve(agent)
+    return replace(await serve(agent), gemini=server)
 
 
-async def test_any_model_is_asked_as_openai_has_it(openai: Any) -> None:
-    server, one = openai
+async def test_any_model_is_asked_as_openai_has_it(one: Caller) -> None:
     defaults = sys.modules["openai_agent"].OpenAISettings()
     assert defaults.openai_base_url.startswith("https://generativelanguage.googleapis")
     assert defaults.openai_model == defaults.gemini_model
     greeting = await one.say()
-    server.scripts = [["Sure, ", "the first ", forever], [forever]]
+    one.gemini.scripts = [["Sure, ", "the first ", forever], [forever]]
     turn = await barge_in(one, "How?", after="the first ")
-    await asyncio.wait_for(server.is_quiet.wait(), 5)
-    async with one.post(one.event("Cake!", **report("Sure", turn))):
+    async with one.post(one.event("Cake!", **test_agent.report("Sure", turn))):
         pass
     assert await one.say("Hello?") == SURE
-    asked = server.asked[-1]
+    asked = one.gemini.asked[-1]
     assert (asked["model"], asked["key"], asked["stream"]) == ("m", "Bearer k", True)
     told = [(one["role"], one["content"]) for one in asked["messages"]]
     assert told[0] == ("system", f"{Agent.persona}\n{Agent.voice_rules}")
@@ -379,11 +361,10 @@ async def test_any_model_is_asked_as_openai_has_it(openai: Any) -> None:
     [b'data:{"choices": [{"delta": {"content": "Sure, "}}]}\n', "no < problem."],
     ["Sure, no < problem.", b"data: [DONE]\n\n", forever],
 )
-async def test_only_words_are_spoken(openai: Any, script: Any) -> None:
-    server, one = openai
-    server.scripts = [[*script]]
+async def test_only_words_are_spoken(one: Caller, script: Any) -> None:
+    one.gemini.scripts = [[*script]]
     assert await one.say("Hi") == "Sure, no < problem."
-    assert len(server.asked) == 1
+    assert len(one.gemini.asked) == 1
 
 
 @cases(
@@ -395,12 +376,11 @@ async def test_only_words_are_spoken(openai: Any, script: Any) -> None:
     (["Well.", ERROR], 1, f"Well. {Agent.apology}", "server reported an error"),
 )
 async def test_what_says_nothing_is_asked_twice_unless_it_refuses(
-    openai: Any, script: Any, asked: int, said: str, why: str
+    one: Caller, script: Any, asked: int, said: str, why: str
 ) -> None:
-    server, one = openai
-    server.scripts = [[*script]]
+    one.gemini.scripts = [[*script]]
     assert await one.say("Hi") == said
-    assert len(server.asked) == asked
+    assert len(one.gemini.asked) == asked
     assert why in str(one.log())
 
 
@@ -420,6 +400,8 @@ async def test_who_has_logged_in_is_greeted_by_name(serve: Serve, load: Any) -> 
     await caller.say("Hello.")
     assert (await caller.say(**known)).startswith("Welcome back, Zoë O. Byrne!")
     assert (await caller.another().say()).startswith("Hi there!")
+    async with caller.http.get(caller.url) as shown:
+        assert await shown.text() == "The agent is up.\n"
     caller.gemini.session = {"status": 400, "text": '{"error": "no such agent"}'}
     assert (await authorize(caller, token))[0] == "400 no such agent"
 
@@ -483,11 +465,10 @@ console.log(JSON.stringify(sent));
 
 @cases((200, 2), (401, 1))
 def test_the_page_sends_its_users_token(status: int, requests: int) -> None:
-    page = recipes.block("index.html")
+    page, [lines] = recipes.block("index.html"), recipes.blocks("js")
     [function] = re.findall(r"(?ms)^  async function authorize.*?^  }$", page)
-    first, *rest = function.partition(";\n")
-    [lines] = recipes.blocks("js")
-    script = NODE.replace("FUNCTION", "".join([first, ";\n", lines, *rest[1:]]))
+    function = function.replace(";\n", f";\n{lines}", 1)
+    script = NODE.replace("FUNCTION", function)
     node = ["node", "--input-type=module", "-e", script.replace("STATUS", f"{status}")]
     headers = {"Authorization": "Bearer TOKEN"}
     request = {"method": "POST", "body": '{"a":1}', "headers": headers}
@@ -527,7 +508,7 @@ async def test_each_transcript_is_kept_once_although_the_database_was_locked(
 async def test_a_locked_database_does_not_hold_up_the_stop(
     begin: Any, calls: sqlite3.Connection
 ) -> None:
-    process, caller = await begin(recipes.block("transcripts.py"))
+    process, caller = await begin("transcripts.py")
     told = asyncio.create_task(caller.answer(caller.event(type="session.end")))
     await caller.say()
     process.terminate()
@@ -537,17 +518,15 @@ async def test_a_locked_database_does_not_hold_up_the_stop(
 
 
 async def test_an_application_has_two_agents_and_notices_a_barge_in(
-    begin: Any, tmp_path: Path
+    begin: Any,
 ) -> None:
-    code = recipes.save("own_app.py", tmp_path).read_text()
-    process, caller = await begin(code)
+    process, caller = await begin("own_app.py")
     pizza = replace(caller, url=f"{caller.url}/pizza")
     roses = replace(caller, url=f"{caller.url}/roses", secret="another secret")
     assert (await roses.say()).startswith("Rosa")
     assert (await pizza.say()).startswith("Luigi")
     caller.gemini.scripts = [["Well, ", forever]]
     await barge_in(pizza, "A salami.", after="Well, ")
-    await caller.gemini.until(open=0)
     await roses.say("Roses.")
     assert "A salami." not in caller.gemini.shown()
     pizza.secret = "another secret"
