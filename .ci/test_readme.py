@@ -19,6 +19,7 @@ import time
 from asyncio.subprocess import PIPE
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import recipes
 from ports import free_port, listens
@@ -36,9 +37,8 @@ NAMES = [one.name.upper() for one in fields(Settings)]
 
 async def shell(script: str, **settings: str) -> str:
     """What a script prints."""
-    bash = await asyncio.create_subprocess_exec(
-        *("bash", "-euc", script), stdout=PIPE, env={**os.environ, **settings}
-    )
+    how: Any = {"stdout": PIPE, "env": {**os.environ, **settings}}
+    bash = await asyncio.create_subprocess_exec("bash", "-euc", script, **how)
     printed, _ = await bash.communicate()
     assert bash.returncode == 0, printed
     return printed.decode()
@@ -184,17 +184,15 @@ async def test_words_and_interruptions_go_through_nginx_at_once(
 
 
 async def test_the_unit_and_the_container_start_the_agent(tmp_path: Path) -> None:
-    [unit] = recipes.blocks("ini")
+    [unit], [dockerfile] = recipes.blocks("ini"), recipes.blocks("dockerfile")
     assert "WorkingDirectory=/srv/agent\n" in unit
     assert "ExecStart=/srv/agent/.venv/bin/python agent.py\n" in unit
-    [run] = re.findall(r"`(docker run .*?)`", README)
-    assert "--env-file .env " in run
+    assert "COPY requirements.txt *.py *.html ./\n" in dockerfile
+    assert 'CMD ["python", "agent.py"]' in dockerfile
+    [run] = re.findall(r"`(docker run .*? --env-file \.env .*?)`", README)
     # As Docker reads them: the .env, and then each -e.
     given = dict(re.findall(r"(?m)^(\w+)=(.*)$", EXAMPLE))
     given |= dict(re.findall(r"-e (\w+)=(\S+)", run))
-    [dockerfile] = recipes.blocks("dockerfile")
-    assert "COPY requirements.txt *.py *.html ./\n" in dockerfile
-    assert 'CMD ["python", "agent.py"]' in dockerfile
     shutil.copy(agent.__file__, tmp_path)
     script = "import agent; s = agent.Settings.load(); print(s.host, s.port)"
     where = await shell(f"cd {tmp_path} && {sys.executable} -c '{script}'", **given)
@@ -211,31 +209,31 @@ NODE = """
     const verify = (signature) => verifySignature({ payload, signature, secret });
     console.log(JSON.stringify(signatures.map(verify)));
 """
-NOW = str(int(time.time()))
-RIGHT = sign(BODY.encode(), SECRET, NOW)
-V1 = RIGHT.partition("v1=")[2]
 AGES = (-400, -310, -290, 0, 290, 310, 10**9)
-# What Layercode could send, and what somebody could who does not know the secret.
-ALIKE = [
-    *[sign(BODY.encode(), SECRET, str(int(NOW) - age)) for age in AGES],
-    *(sign(b'{"a":"b"}', SECRET, NOW), sign(BODY.encode(), "another", NOW)),
-    *(RIGHT.upper(), RIGHT.replace(V1, V1.upper()), RIGHT + "0", RIGHT[:-1]),
-    *(RIGHT + ",v0=aa", "", "t=1", f"t={NOW}, v1={V1}", f"t={NOW},v0={V1}"),
-    *(f"t={NOW}.0,v1={V1}", f"t=+{NOW},v1={V1}", f"t={'9' * 5000},v1={V1}"),
-    *(f"t={NOW};v1={V1}", f"T={NOW},v1={V1}", f"t={NOW},v1="),
-]
-# A secret that is being rotated, a newer scheme, another order.
-ONLY_OURS = [f"t={NOW},v1=00,v1={V1}", f"t={NOW},v0=a,v1={V1}", f"v1={V1},t={NOW}"]
-# It looks for the signature anywhere in the header.
-ONLY_THEIRS = ["x" + RIGHT, RIGHT + "zz", RIGHT + ";v1=0"]
 
 
 def test_verify_agrees_with_layercodes_node_sdk() -> None:
-    given = [*ALIKE, *ONLY_OURS, *ONLY_THEIRS]
+    now = str(int(time.time()))
+    right = sign(BODY.encode(), SECRET, now)
+    v1 = right.partition("v1=")[2]
+    # What Layercode could send, and what somebody could who does not know the secret.
+    alike = [
+        *[sign(BODY.encode(), SECRET, str(int(now) - age)) for age in AGES],
+        *(sign(b'{"a":"b"}', SECRET, now), sign(BODY.encode(), "another", now)),
+        *(right.upper(), right.replace(v1, v1.upper()), right + "0", right[:-1]),
+        *(right + ",v0=aa", "", "t=1", f"t={now}, v1={v1}", f"t={now},v0={v1}"),
+        *(f"t={now}.0,v1={v1}", f"t=+{now},v1={v1}", f"t={'9' * 5000},v1={v1}"),
+        *(f"t={now};v1={v1}", f"T={now},v1={v1}", f"t={now},v1="),
+    ]
+    # A secret that is being rotated, a newer scheme, another order.
+    only_ours = [f"t={now},v1=00,v1={v1}", f"t={now},v0=a,v1={v1}", f"v1={v1},t={now}"]
+    # It looks for the signature anywhere in the header.
+    only_theirs = ["x" + right, right + "zz", right + ";v1=0"]
+    given = [*alike, *only_ours, *only_theirs]
     node = ["node", "--input-type=module", "-e", NODE, os.environ["LAYERCODE_NODE_SDK"]]
     printed = subprocess.check_output([*node, json.dumps([BODY, SECRET, given])])
     theirs = dict(zip(given, json.loads(printed), strict=True))
     ours = {one: verify(one, BODY.encode(), SECRET) for one in given}
-    assert ours[RIGHT]
-    assert [one for one in given if ours[one] and not theirs[one]] == ONLY_OURS
-    assert [one for one in given if theirs[one] and not ours[one]] == ONLY_THEIRS
+    assert ours[right]
+    assert [one for one in given if ours[one] and not theirs[one]] == only_ours
+    assert [one for one in given if theirs[one] and not ours[one]] == only_theirs
