@@ -92,15 +92,13 @@ async def test_two_lines_are_an_agent_and_six_more_a_tool(
     assert "Orders so many pizzas of a kind" in asked
 
 
-async def test_a_pizzeria_greets_and_shows_its_menu_and_hangs_up(
-    serve: Serve, load: Any
-) -> None:
+async def test_a_pizzeria_greets_shows_a_menu_hangs_up(serve: Serve, load: Any) -> None:
     goodbye: list[Any] = ["There you are. ", [{"text": "Ciao!"}, call("hang_up")]]
     scripts = [["Luigi's! ", "Try it."], [[call("show_menu")]], goodbye, [""]]
     caller = await serve(load("pizzeria.py").Pizzeria(SETTINGS), scripts)
-    ada = caller.another()
-    greeting = await ada.say(custom_metadata={"name": "Ada"})
-    assert (greeting, caller.gemini.asked) == ("Hi Ada! What can I get you?", [])
+    ada = {"custom_metadata": {"name": "Ada"}}
+    assert await caller.another().say(**ada) == "Hi Ada! What can I get you?"
+    assert not caller.gemini.asked
     assert await caller.say() == "Luigi's! Try it."
     direction = "(The phone rings. Answer it, and praise a pizza.)"
     assert caller.gemini.shown() == [direction]
@@ -116,9 +114,7 @@ async def test_a_pizzeria_greets_and_shows_its_menu_and_hangs_up(
         assert words in declared
 
 
-async def test_its_page_gets_prices_the_menu_and_with_the_code_a_call(
-    serve: Serve, load: Any
-) -> None:
+async def test_its_page_gets_prices_and_needs_a_code(serve: Serve, load: Any) -> None:
     caller = await serve(load("pizzeria.py").Pizzeria(SETTINGS))
     data = caller.event(type="data", data={"pizza": "salami"})
     shown = {"type": "response.data", "content": {"price": 11}}
@@ -149,8 +145,7 @@ class Redis:
     def start(self) -> None:
         """Starts it, with nothing in it."""
         options = ["--port", self.port, "--save", "", "--dir", str(self.folder)]
-        self.process = subprocess.Popen(["redis-server", *options], stdout=PIPE)
-        assert self.process.stdout is not None
+        self.process: Any = subprocess.Popen(["redis-server", *options], stdout=PIPE)
         next(line for line in self.process.stdout if b"Ready to accept" in line)
 
     async def stop(self) -> None:
@@ -209,7 +204,7 @@ async def test_what_a_tool_gave_is_known_before_it_is_spoken(redis: Redis) -> No
     assert redis.shown()[3:] == ["It [interrupted]", "Hello?", SURE, "And?"]
 
 
-async def test_a_process_that_is_killed_and_started_again_knows_all(
+async def test_a_process_that_is_killed_knows_all_later(
     redis: Redis, begin: Any
 ) -> None:
     process, one = await begin("redis_agent.py")
@@ -226,9 +221,7 @@ async def test_a_process_that_is_killed_and_started_again_knows_all(
     assert redis.shown() == said
 
 
-async def test_while_it_is_gone_calls_go_on_and_it_gets_that_later(
-    redis: Redis,
-) -> None:
+async def test_while_it_is_gone_calls_go_on_and_are_told_later(redis: Redis) -> None:
     await redis.one.say("One")
     await redis.other.say("Two")
     redis.one.gemini.scripts = [["Well, ", redis.stop, "yes."]]
@@ -253,9 +246,6 @@ async def test_nobody_waits_for_one_that_is_stuck_but_the_first(redis: Redis) ->
     redis.recipe.PATIENCE = 3600
     assert await redis.one.say("Three") == SURE
     assert redis.shown()[::2] == ["One", "Two", "Three"]
-    redis.process.send_signal(signal.SIGCONT)
-    await redis.other.say("Four")
-    assert redis.shown()[0] == "One"
 
 
 @cases("set hello", "rpush hello", "rpush [1]", "rpush [[],2]")
@@ -312,8 +302,7 @@ class OpenAI(test_agent.Gemini):
                 await response.write(step)
             else:
                 delta = step if isinstance(step, dict) else {"content": step}
-                frame = json.dumps({"choices": [{"delta": delta}]})
-                await response.write(f"data: {frame}\n\n".encode())
+                await response.write(test_agent.raw(choices=[{"delta": delta}]))
         return response
 
 
@@ -395,8 +384,7 @@ async def test_who_has_logged_in_is_greeted_by_name(serve: Serve, load: Any) -> 
     assert (await authorize(caller, token, **forged))[0] == "200 OK"
     known = {"custom_metadata": {"user": "u1", "name": "Zoë O. Byrne"}}
     assert caller.gemini.sessions == [{"agent_id": "a", **known}]
-    greeting = await caller.say(**known)
-    assert greeting == "Hi Zoë O. Byrne! How can I help you today?"
+    assert await caller.say(**known) == "Hi Zoë O. Byrne! How can I help you today?"
     await caller.say("Hello.")
     assert (await caller.say(**known)).startswith("Welcome back, Zoë O. Byrne!")
     assert (await caller.another().say()).startswith("Hi there!")
@@ -424,7 +412,7 @@ async def test_who_has_not_logged_in_is_refused(serve: Serve, load: Any) -> None
     assert not caller.gemini.sessions
 
 
-async def test_a_conversation_is_resumed_by_who_began_it_and_nobody_else(
+async def test_who_began_a_conversation_alone_resumes_it(
     serve: Serve, load: Any
 ) -> None:
     login = load("login_agent.py")
@@ -452,14 +440,12 @@ async def test_a_conversation_is_resumed_by_who_began_it_and_nobody_else(
 
 
 NODE = """
-const sent = [];
 globalThis.fetch = async (...call) => {
-  sent.push(call);
+  console.log(JSON.stringify(call));
   return new Response("TOKEN", { status: STATUS });
 };
 FUNCTION
 await authorizeSessionRequest({ url: "URL", body: { a: 1 } }).catch(() => {});
-console.log(JSON.stringify(sent));
 """
 
 
@@ -473,7 +459,8 @@ def test_the_page_sends_its_users_token(status: int, requests: int) -> None:
     headers = {"Authorization": "Bearer TOKEN"}
     request = {"method": "POST", "body": '{"a":1}', "headers": headers}
     calls = [["/voice-token"], ["URL", request]]
-    assert json.loads(subprocess.check_output(node)) == calls[:requests]
+    printed = subprocess.check_output(node).splitlines()
+    assert [json.loads(call) for call in printed] == calls[:requests]
 
 
 # ---- Transcripts, and your own aiohttp application -----------------------------------
@@ -506,7 +493,7 @@ async def test_each_transcript_is_kept_once_although_the_database_was_locked(
 
 
 async def test_a_locked_database_does_not_hold_up_the_stop(
-    begin: Any, calls: sqlite3.Connection
+    begin: Any, calls: Any
 ) -> None:
     process, caller = await begin("transcripts.py")
     told = asyncio.create_task(caller.answer(caller.event(type="session.end")))
@@ -517,9 +504,7 @@ async def test_a_locked_database_does_not_hold_up_the_stop(
     assert (status, "failed in notice(): it was cut off" in log) == (0, True)
 
 
-async def test_an_application_has_two_agents_and_notices_a_barge_in(
-    begin: Any,
-) -> None:
+async def test_an_application_has_two_agents_and_notices_a_barge_in(begin: Any) -> None:
     process, caller = await begin("own_app.py")
     pizza = replace(caller, url=f"{caller.url}/pizza")
     roses = replace(caller, url=f"{caller.url}/roses", secret="another secret")
