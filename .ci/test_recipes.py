@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import sqlite3
 import subprocess
@@ -24,10 +25,11 @@ from aiohttp import web
 from ports import free_port
 
 import test_agent
-from agent import Agent, Event
-from test_agent import SETTINGS, SURE, Caller, Serve, call, forever, report
+from agent import Agent
+from test_agent import SECRET, SETTINGS, SURE, Caller, Serve, call, cases, forever
 
 ORDER = call("order", pizza="salami", number=2)
+ERROR = b'data: {"error": {"message": "overloaded"}}\n\n'
 
 
 @pytest.fixture
@@ -37,14 +39,15 @@ def load(tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def begin(run: Any, caller: Caller) -> Any:
-    """Runs a file in a process of its own; gives it and a caller of it."""
+def begin(run: Any, caller: Caller, tmp_path: Path) -> Any:
+    """Runs a recipe in a process of its own; gives it and a caller of it."""
 
-    async def begin(code: str) -> tuple[Any, Caller]:
+    async def begin(name: str) -> tuple[Any, Caller]:
         port = str(free_port())
-        settings = {"PORT": port, "LAYERCODE_WEBHOOK_SECRET": caller.secret}
-        settings |= {"PIZZA_SECRET": caller.secret, "ROSES_SECRET": "another secret"}
+        settings = {"PORT": port, "LAYERCODE_WEBHOOK_SECRET": SECRET}
+        settings |= {"PIZZA_SECRET": SECRET, "ROSES_SECRET": "another secret"}
         settings["GOOGLE_GENERATIVE_AI_API_KEY"] = "key"
+        code = recipes.save(name, tmp_path).read_text()
         process = await run(code=code.replace("port=3000", f"port={port}"), **settings)
         await test_agent.printed(process, "http://127.0.0.1:")
         return process, replace(caller, url=f"http://127.0.0.1:{port}")
@@ -52,13 +55,16 @@ def begin(run: Any, caller: Caller) -> Any:
     return begin
 
 
-async def barge_in(caller: Caller, text: str | None, after: str) -> Event:
-    """Says something, or is greeted, and hangs up after some words of the answer."""
+async def barge_in(caller: Caller, text: str, after: str) -> str:
+    """Says something, and hangs up after some words of the answer; gives the turn."""
     event = caller.event(text)
     async with caller.post(event) as response:
         await caller.hear(response, after)
         response.close()
-    return event
+    # Before the agent's patience ends it.
+    async with asyncio.timeout(5):
+        await caller.gemini.until(open=0)
+    return str(event["turn_id"])
 
 
 async def authorize(caller: Caller, token: str = "", **page: Any) -> tuple[str, Any]:
@@ -76,63 +82,51 @@ async def authorize(caller: Caller, token: str = "", **page: Any) -> tuple[str, 
 async def test_two_lines_are_an_agent_and_six_more_a_tool(
     serve: Serve, load: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    caller = await serve(load("pizza.py").Pizza(SETTINGS))
+    caller = await serve(load("pizza.py").Pizza(SETTINGS), [[[ORDER]], ["Soon!"]])
     assert await caller.say() == "Luigi's Pizza! What can I get you?"
-    caller.gemini.scripts = [[[ORDER]], ["In twenty minutes!"]]
-    assert await caller.say("Two salami.") == "In twenty minutes!"
-    given = [{"output": "They'll be ready in twenty minutes."}]
-    assert caller.gemini.results() == given
+    assert await caller.say("Two salami.") == "Soon!"
+    assert "They'll be ready in twenty minutes." in str(caller.gemini.results())
     assert capfd.readouterr().out == f"{caller.conversation} 2 salami\n"
     asked = json.dumps(caller.gemini.asked[0])
     assert "You take orders for Luigi's Pizza in Leeds." in asked
     assert "Orders so many pizzas of a kind" in asked
 
 
-@pytest.fixture
-async def pizzeria(serve: Serve, load: Any) -> Caller:
-    return await serve(load("pizzeria.py").Pizzeria(SETTINGS))
-
-
-async def test_greetings_are_by_name_or_by_gemini(pizzeria: Caller) -> None:
-    greeting = await pizzeria.say(custom_metadata={"name": "Ada"})
-    assert (greeting, pizzeria.gemini.asked) == ("Hi Ada! What can I get you?", [])
-    pizzeria = pizzeria.another()
-    pizzeria.gemini.scripts = [["Luigi's! ", "Try the salami."]]
-    assert await pizzeria.say() == "Luigi's! Try the salami."
-    direction = "(The phone rings. Answer it, and praise a pizza.)"
-    assert pizzeria.gemini.shown() == [direction]
-    await pizzeria.say("Yes, please.")
-    silence, *shown = pizzeria.gemini.shown()
-    assert shown == ["Luigi's! Try the salami.", "Yes, please."]
-    assert silence != direction
-
-
-async def test_the_menu_is_shown_and_the_goodbye_comes_last(pizzeria: Caller) -> None:
+async def test_a_pizzeria_greets_shows_a_menu_hangs_up(serve: Serve, load: Any) -> None:
     goodbye: list[Any] = ["There you are. ", [{"text": "Ciao!"}, call("hang_up")]]
-    pizzeria.gemini.scripts = [[[call("show_menu")]], goodbye, [""]]
-    frames = await pizzeria.frames(pizzeria.event("What is there?"))
+    scripts = [["Luigi's! ", "Try it."], [[call("show_menu")]], goodbye, [""]]
+    caller = await serve(load("pizzeria.py").Pizzeria(SETTINGS), scripts)
+    ada = {"custom_metadata": {"name": "Ada"}}
+    assert await caller.another().say(**ada) == "Hi Ada! What can I get you?"
+    assert not caller.gemini.asked
+    assert await caller.say() == "Luigi's! Try it."
+    direction = "(The phone rings. Answer it, and praise a pizza.)"
+    assert caller.gemini.shown() == [direction]
+    frames = await caller.frames(caller.event("What is there?"))
     shown = [one["content"] for one in frames if one["type"] == "response.data"]
     assert {"margherita": 9, "salami": 11} in shown
     assert {"tool": "show_menu", "state": "done"} in shown
     assert frames[-1] == {"type": "response.hangup"}
-    declared = json.dumps(pizzeria.gemini.asked[0]["tools"])
+    assert caller.gemini.shown()[1:3] == ["Luigi's! Try it.", "What is there?"]
+    assert direction not in caller.gemini.shown()
+    declared = json.dumps(caller.gemini.asked[-1]["tools"])
     for words in ('"order"', "Shows the caller the pizzas", "Ends the call, once you"):
         assert words in declared
 
 
-async def test_what_the_page_sends_is_answered(pizzeria: Caller) -> None:
-    data = pizzeria.event(type="data", data={"pizza": "salami"})
+async def test_its_page_gets_prices_and_needs_a_code(serve: Serve, load: Any) -> None:
+    caller = await serve(load("pizzeria.py").Pizzeria(SETTINGS))
+    data = caller.event(type="data", data={"pizza": "salami"})
     shown = {"type": "response.data", "content": {"price": 11}}
-    for event, answer in ((data, shown), (pizzeria.event(type="session.end"), {})):
-        assert await (await pizzeria.answer(event)).json() == answer
-
-
-async def test_three_lines_decide_who_may_call(pizzeria: Caller) -> None:
+    for event, answer in ((data, shown), (caller.event(type="session.end"), {})):
+        assert await (await caller.answer(event)).json() == answer
+    async with caller.http.get(f"{caller.url}/menu") as menu:
+        assert await menu.json() == {"margherita": 9, "salami": 11}
     for metadata in (None, {}, {"code": "funghi"}, "tonno"):
-        refused, _ = await authorize(pizzeria, metadata=metadata)
+        refused, _ = await authorize(caller, metadata=metadata)
         assert refused == "403 The code is on the menu."
-    assert not pizzeria.gemini.sessions
-    assert (await authorize(pizzeria, metadata={"code": "tonno"}))[0] == "200 OK"
+    assert not caller.gemini.sessions
+    assert (await authorize(caller, metadata={"code": "tonno"}))[0] == "200 OK"
 
 
 # ---- Redis ---------------------------------------------------------------------------
@@ -144,39 +138,29 @@ class Redis:
     one: Caller
     other: Caller
 
-    def __init__(self, folder: Path, recipe: Any) -> None:
-        self.recipe = recipe
-        self.port = str(free_port())
-        self.options = ["--port", self.port, "--save", "", "--dir", str(folder)]
+    def __init__(self, folder: Path, load: Any) -> None:
+        self.folder, self.port = folder, str(free_port())
+        self.recipe = load("redis_agent.py")
 
     def start(self) -> None:
         """Starts it, with nothing in it."""
-        command = ["redis-server", *self.options]
-        self.process = subprocess.Popen(command, stdout=PIPE, text=True)
-        assert self.process.stdout is not None
-        next(line for line in self.process.stdout if "Ready to accept" in line)
+        options = ["--port", self.port, "--save", "", "--dir", str(self.folder)]
+        self.process: Any = subprocess.Popen(["redis-server", *options], stdout=PIPE)
+        next(line for line in self.process.stdout if b"Ready to accept" in line)
 
     async def stop(self) -> None:
         """Kills it, and with it what it had."""
         self.process.kill()
         self.process.wait()
 
-    def ask(self, command: str) -> str:
-        """What redis-cli prints."""
-        words = ["redis-cli", "-p", self.port, *command.split()]
-        return subprocess.check_output(words, text=True)
+    def ask(self, command: str, *words: str, key: str = "a conversation") -> str:
+        """What redis-cli prints of a conversation."""
+        cli = ["redis-cli", "-p", self.port, command, f"conversation:{key}", *words]
+        return subprocess.check_output(cli, text=True)
 
     def shown(self) -> list[str]:
         """What Gemini was shown last."""
         return self.one.gemini.shown()
-
-
-async def ends_of(serve: Serve, *kinds: Any) -> tuple[Caller, Caller]:
-    """The ends of one call at two agents, each as in a process of its own."""
-    kind = type("Both", kinds, {})
-    one, other = [await serve(kind(SETTINGS)) for _ in range(2)]
-    one.conversation = other.conversation = "a_call"
-    return one, other
 
 
 @pytest.fixture
@@ -184,48 +168,46 @@ async def redis(
     serve: Serve, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Redis]:
     """A Redis with nothing in it; one that has failed is asked again at once."""
-    server = Redis(tmp_path, load("redis_agent.py"))
+    server = Redis(tmp_path, load)
     monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{server.port}")
     assert (server.recipe.PATIENCE, server.recipe.PAUSE) == (1, 5)
     assert server.recipe.RedisSettings().redis_url == "redis://localhost:6379"
     server.recipe.PAUSE = 0
     server.start()
-    server.one, server.other = await ends_of(serve, server.recipe.RedisAgent)
+    # Together with another recipe, and an agent of one's own.
+    kinds = load("login_agent.py").LoginAgent, load("pizza.py").Pizza
+    kind = type("Both", (server.recipe.RedisAgent, *kinds), {})
+    server.one, server.other = [await serve(kind(SETTINGS)) for _ in range(2)]
     yield server
     await server.stop()
 
 
 async def test_a_call_that_alternates_is_whole_and_kept_a_day(redis: Redis) -> None:
     said = [await redis.one.say()]
-    for number, end in enumerate([redis.other, redis.one, redis.one, redis.other]):
-        redis.ask("expire conversation:a_call 100")
-        end.gemini.scripts = [[f"Answer {number}."]]
-        await end.say(f"Question {number}")
-        said.append(f"Question {number}")
-        assert redis.shown()[1:] == said
-        said.append(f"Answer {number}.")
-        assert 86_300 < int(redis.ask("ttl conversation:a_call")) <= 86_400
+    for end in (redis.other, redis.one, redis.one, redis.other):
+        redis.ask("expire", "100")
+        question = f"Question {len(said)}"
+        end.gemini.scripts = [[f"Answer {len(said)}."]]
+        answer = await end.say(question)
+        assert redis.shown()[1:] == [*said, question]
+        said += [question, answer]
+        assert 86_300 < int(redis.ask("ttl")) <= 86_400
     assert "Redis" not in str(redis.one.log())
 
 
-async def test_what_a_tool_gave_is_known_before_it_is_spoken(
-    redis: Redis, serve: Serve, load: Any
-) -> None:
-    pizza = load("pizza.py").Pizza
-    one, other = await ends_of(serve, redis.recipe.RedisAgent, pizza)
-    one.gemini.scripts = [[[ORDER]], ["It's ", forever]]
-    event = await barge_in(one, "Two salami!", after="It's ")
-    await other.say("Hello?", **report("It", event["turn_id"]))
-    await one.say("And?")
+async def test_what_a_tool_gave_is_known_before_it_is_spoken(redis: Redis) -> None:
+    redis.one.gemini.scripts = [[[ORDER]], ["It's ", forever]]
+    turn = await barge_in(redis.one, "Two salami!", after="It's ")
+    await redis.other.say("Hello?", **test_agent.report("It", turn))
+    await redis.one.say("And?")
     assert "ready in twenty minutes" in str(redis.shown())
     assert redis.shown()[3:] == ["It [interrupted]", "Hello?", SURE, "And?"]
 
 
-async def test_a_process_that_is_killed_and_started_again_knows_all(
+async def test_a_process_that_is_killed_knows_all_later(
     redis: Redis, begin: Any
 ) -> None:
-    process, one = await begin(recipes.block("redis_agent.py"))
-    one.conversation = "a_call"
+    process, one = await begin("redis_agent.py")
     one.gemini.scripts = [["Hello, Ada."], ["Well, ", forever]]
     await one.say("I am Ada.")
     async with one.post(one.event("Who am I?")) as response:
@@ -233,16 +215,13 @@ async def test_a_process_that_is_killed_and_started_again_knows_all(
         process.kill()
         await process.wait()
     await redis.other.say("Hello?")
-    _, again = await begin(recipes.block("redis_agent.py"))
-    again.conversation = "a_call"
+    _, again = await begin("redis_agent.py")
     await again.say("And now?")
     said = ["I am Ada.", "Hello, Ada.", "Who am I?", "Hello?", SURE, "And now?"]
     assert redis.shown() == said
 
 
-async def test_while_it_is_gone_calls_go_on_and_it_gets_that_later(
-    redis: Redis,
-) -> None:
+async def test_while_it_is_gone_calls_go_on_and_are_told_later(redis: Redis) -> None:
     await redis.one.say("One")
     await redis.other.say("Two")
     redis.one.gemini.scripts = [["Well, ", redis.stop, "yes."]]
@@ -267,211 +246,178 @@ async def test_nobody_waits_for_one_that_is_stuck_but_the_first(redis: Redis) ->
     redis.recipe.PATIENCE = 3600
     assert await redis.one.say("Three") == SURE
     assert redis.shown()[::2] == ["One", "Two", "Three"]
-    redis.process.send_signal(signal.SIGCONT)
-    await redis.other.say("Four")
-    assert redis.shown()[0] == "One"
 
 
-@pytest.mark.parametrize("spoilt", ["set {} hello", "rpush {} hello [1] [[],2]"])
+@cases("set hello", "rpush hello", "rpush [1]", "rpush [[],2]")
 async def test_a_spoilt_key_affects_one_call(redis: Redis, spoilt: str) -> None:
     redis.recipe.PAUSE = 3600
-    redis.ask(spoilt.format("conversation:a_call"))
+    redis.ask(*spoilt.split())
     for text in ("One", "Two"):
         assert await redis.one.say(text) == SURE
     assert redis.shown() == ["One", SURE, "Two"]
-    for end in (redis.one, redis.other):
-        end.conversation = "another"
-        await end.say("I am Ada.")
-    assert redis.shown() == ["I am Ada.", SURE, "I am Ada."]
+    one, other = [replace(end, conversation="b") for end in (redis.one, redis.other)]
+    await one.say("I am Ada.")
+    await other.say("Who am I?")
+    assert redis.shown() == ["I am Ada.", SURE, "Who am I?"]
 
 
-async def test_many_calls_at_once_find_redis(redis: Redis) -> None:
-    histories = redis.recipe.RedisHistories()
-    for first in range(0, 1_200, 300):
-        names = [str(first + number) for number in range(300)]
-        facts = [histories.record(name, "1", user="Hi") for name in ["0", *names]]
-        await asyncio.gather(*facts)
-    assert "Redis" not in str(redis.one.log())
-    # And the last thousand of them are known without it.
-    await redis.stop()
-    assert [bool(await histories.load(name)) for name in ("0", "1", "250")] == [1, 0, 1]
-    assert len(histories.known) <= 1_000
-
-
-async def test_the_order_of_turns_is_that_of_redis(redis: Redis) -> None:
+async def test_many_calls_at_once_find_redis_and_have_its_order(redis: Redis) -> None:
     one, other = [redis.recipe.RedisHistories() for _ in range(2)]
-    for number in range(100):
-        await one.record("a", str(number), user="Hi")
+    for first in range(1, 1_200, 300):
+        names = [str(first + number) for number in range(300)]
+        facts = [one.record(name, "1", user="Hi") for name in ["0", *names]]
+        await asyncio.gather(*facts)
     one.away_until = float("inf")
-    await one.record("a", "missed", user="Hi")
-    await other.record("a", "between", user="Hi")
+    # It knows the last thousand of them by itself.
+    known = [name for name in ("0", "1", "200", "250") if await one.load(name)]
+    assert known == ["0", "250"]
+    await one.record("0", "missed", user="Hi")
+    await other.record("0", "between", user="Hi")
     one.away_until = 0
     for histories in (one, other):
-        assert list(await histories.load("a"))[99:] == ["99", "between", "missed"]
-    # It has each fact once.
-    assert redis.ask("llen conversation:a") == "102\n"
+        assert list(await histories.load("0")) == ["1", "between", "missed"]
+    # Redis has each fact once.
+    assert redis.ask("llen", key="0") == "3\n"
+    assert "Redis" not in str(redis.one.log())
 
 
 # ---- Any OpenAI-compatible server ----------------------------------------------------
 
 
-class OpenAI:
+class OpenAI(test_agent.Gemini):
     """An OpenAI-compatible server. In a script, a number is a status, bytes are sent as
     they are, a function is waited for, a dict is a delta, anything else a content."""
 
-    def __init__(self) -> None:
-        self.scripts: list[list[Any]] = []
-        self.asked: list[Any] = []
-        self.is_quiet = asyncio.Event()
-
-    async def complete(self, request: web.Request) -> web.StreamResponse:
+    async def generate(self, request: web.Request) -> web.StreamResponse:
         key = request.headers["Authorization"]
         self.asked.append({**await request.json(), "key": key})
         script = self.scripts.pop(0) if self.scripts else [SURE]
         status = script.pop(0) if isinstance(script[0], int) else 200
         response = web.StreamResponse(status=status)
-        self.is_quiet.clear()
-        try:
-            await response.prepare(request)
-            for step in [*script, b"data: [DONE]\n\n"]:
+        await response.prepare(request)
+        for step in [*script, b"data: [DONE]\n\n"]:
+            if callable(step):
+                await step()
+            elif isinstance(step, bytes):
+                await response.write(step)
+            else:
                 delta = step if isinstance(step, dict) else {"content": step}
-                if callable(step):
-                    await step()
-                elif isinstance(step, bytes):
-                    await response.write(step)
-                else:
-                    frame = json.dumps({"choices": [{"delta": delta}]})
-                    await response.write(f"data: {frame}\n\n".encode())
-        finally:
-            self.is_quiet.set()
+                await response.write(test_agent.raw(choices=[{"delta": delta}]))
         return response
 
 
 @pytest.fixture
-async def openai(aiohttp_server: Any, monkeypatch: pytest.MonkeyPatch) -> OpenAI:
-    fake = OpenAI()
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", fake.complete)
+async def one(aiohttp_server: Any, serve: Serve, load: Any, monkeypatch: Any) -> Caller:
+    """A caller of openai_agent.py, and the server that it asks."""
+    server = OpenAI()
+    app = web.Application(middlewares=[server.count])
+    app.router.add_post("/v1/chat/completions", server.generate)
     url = test_agent.url_of(await aiohttp_server(app, shutdown_timeout=0))
-    monkeypatch.setenv("OPENAI_BASE_URL", f"{url}/v1/")
-    monkeypatch.setenv("OPENAI_API_KEY", "a key")
-    monkeypatch.setenv("OPENAI_MODEL", "small")
-    return fake
-
-
-@pytest.fixture
-async def one(serve: Serve, openai: OpenAI, load: Any) -> Caller:
-    """A caller of openai_agent.py."""
+    for name, value in {"BASE_URL": f"{url}/v1/", "API_KEY": "k", "MODEL": "m"}.items():
+        monkeypatch.setenv(f"OPENAI_{name}", value)
     agent = load("openai_agent.py").OpenAIAgent(SETTINGS)
     agent.ask_again_after = 0.5
-    return await serve(agent)
+    return replace(await serve(agent), gemini=server)
 
 
-async def test_any_model_is_asked_as_openai_has_it(one: Caller, openai: OpenAI) -> None:
+async def test_any_model_is_asked_as_openai_has_it(one: Caller) -> None:
     defaults = sys.modules["openai_agent"].OpenAISettings()
     assert defaults.openai_base_url.startswith("https://generativelanguage.googleapis")
     assert defaults.openai_model == defaults.gemini_model
     greeting = await one.say()
-    openai.scripts = [["Sure, ", "the first ", forever], [forever]]
-    event = await barge_in(one, "How?", after="the first ")
-    await asyncio.wait_for(openai.is_quiet.wait(), 5)
-    async with one.post(one.event("Cake!", **report("Sure", event["turn_id"]))):
+    one.gemini.scripts = [["Sure, ", "the first ", forever], [forever]]
+    turn = await barge_in(one, "How?", after="the first ")
+    async with one.post(one.event("Cake!", **test_agent.report("Sure", turn))):
         pass
     assert await one.say("Hello?") == SURE
-    asked = openai.asked[-1]
-    assert (asked["model"], asked["stream"]) == ("small", True)
-    assert asked["key"] == "Bearer a key"
+    asked = one.gemini.asked[-1]
+    assert (asked["model"], asked["key"], asked["stream"]) == ("m", "Bearer k", True)
     told = [(one["role"], one["content"]) for one in asked["messages"]]
     assert told[0] == ("system", f"{Agent.persona}\n{Agent.voice_rules}")
     assert told[2:4] == [("assistant", greeting), ("user", "How?")]
     assert told[4:] == [("assistant", "Sure [interrupted]"), ("user", "Cake! Hello?")]
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        ["Sure, ", "no < problem."],
-        ["<think>They\n", "want</thi", "nk>\n\n", "Sure, ", "no <", " problem."],
-        ["<", "th", "ink>So", "</think>Sure, no < problem."],
-        [{"reasoning_content": "Let me see."}, "Sure, no < problem."],
-        [[{"text": "Sure, "}], [{"text": "no < "}, {"text": "problem."}]],
-        [[{"type": "thinking", "thinking": []}], "Sure, no < problem."],
-        [b": comment\n\n", b'data: {"choices": null}\n\n', "Sure, no < problem."],
-        [b'data: {"choices": [{"delta": null}]}\n\n', "Sure, no < problem."],
-        [b'data:{"choices": [{"delta": {"content": "Sure, "}}]}\n', "no < problem."],
-        ["Sure, no < problem.", b"data: [DONE]\n\n", forever],
-    ],
+@cases(
+    ["Sure, ", "no < problem."],
+    ["<think>They\n", "want</thi", "nk>\n\n", "Sure, ", "no <", " problem."],
+    ["<", "th", "ink>So", "</think>Sure, no < problem."],
+    [{"reasoning_content": "Let me see."}, "Sure, no < problem."],
+    [[{"text": "Sure, "}], [{"text": "no < "}, {"text": "problem."}]],
+    [[{"type": "thinking", "thinking": []}], "Sure, no < problem."],
+    [b": comment\n\n", b'data: {"choices": null}\n\n', "Sure, no < problem."],
+    [b'data: {"choices": [{"delta": null}]}\n\n', "Sure, no < problem."],
+    [b'data:{"choices": [{"delta": {"content": "Sure, "}}]}\n', "no < problem."],
+    ["Sure, no < problem.", b"data: [DONE]\n\n", forever],
 )
-async def test_only_words_are_spoken(one: Caller, openai: OpenAI, script: Any) -> None:
-    openai.scripts = [script]
+async def test_only_words_are_spoken(one: Caller, script: Any) -> None:
+    one.gemini.scripts = [[*script]]
     assert await one.say("Hi") == "Sure, no < problem."
-    assert len(openai.asked) == 1
+    assert len(one.gemini.asked) == 1
 
 
-@pytest.mark.parametrize("first", [401, 429, 503, " ", forever])
+@cases(
+    ([401], 1, Agent.apology, "server answered 401"),
+    ([429], 1, Agent.apology, "server answered 429"),
+    ([503], 2, SURE, "server answered 503"),
+    ([" "], 2, SURE, "no words"),
+    ([forever], 2, SURE, "no word in 0.5 s"),
+    (["Well.", ERROR], 1, f"Well. {Agent.apology}", "server reported an error"),
+)
 async def test_what_says_nothing_is_asked_twice_unless_it_refuses(
-    one: Caller, openai: OpenAI, first: Any
+    one: Caller, script: Any, asked: int, said: str, why: str
 ) -> None:
-    openai.scripts = [[first]]
-    asked, said = (1, Agent.apology) if first in (401, 429) else (2, SURE)
+    one.gemini.scripts = [[*script]]
     assert await one.say("Hi") == said
-    assert len(openai.asked) == asked
-    assert not isinstance(first, int) or f"server answered {first}" in str(one.log())
-
-
-async def test_an_error_in_the_stream_is_one(one: Caller, openai: OpenAI) -> None:
-    openai.scripts = [["Well.", b'data: {"error": {"message": "overloaded"}}\n\n']]
-    assert await one.say("Hi") == f"Well. {Agent.apology}"
+    assert len(one.gemini.asked) == asked
+    assert why in str(one.log())
 
 
 # ---- Your log-in ---------------------------------------------------------------------
 
 
-@pytest.fixture
-def login(load: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("LOGIN_SECRET", "login secret")
-    return load("login_agent.py")
-
-
-async def test_who_has_logged_in_is_greeted_by_name(serve: Serve, login: Any) -> None:
+async def test_who_has_logged_in_is_greeted_by_name(serve: Serve, load: Any) -> None:
+    login = load("login_agent.py")
     caller = await serve(login.LoginAgent(SETTINGS))
-    token = login.make_token("u1", "Zoë O. Byrne", "login secret")
+    token = login.make_token("u1", "Zoë O. Byrne", SECRET)
     forged = {"custom_metadata": {"name": "Mallory"}}
     assert (await authorize(caller, token, **forged))[0] == "200 OK"
     known = {"custom_metadata": {"user": "u1", "name": "Zoë O. Byrne"}}
     assert caller.gemini.sessions == [{"agent_id": "a", **known}]
-    greeting = await caller.say(**known)
-    assert greeting == "Hi Zoë O. Byrne! How can I help you today?"
-    assert (await caller.say()).startswith("Hi there!")
+    assert await caller.say(**known) == "Hi Zoë O. Byrne! How can I help you today?"
+    await caller.say("Hello.")
+    assert (await caller.say(**known)).startswith("Welcome back, Zoë O. Byrne!")
+    assert (await caller.another().say()).startswith("Hi there!")
+    async with caller.http.get(caller.url) as shown:
+        assert await shown.text() == "The agent is up.\n"
     caller.gemini.session = {"status": 400, "text": '{"error": "no such agent"}'}
     assert (await authorize(caller, token))[0] == "400 no such agent"
 
 
-async def test_who_has_not_logged_in_is_refused(serve: Serve, login: Any) -> None:
+async def test_who_has_not_logged_in_is_refused(serve: Serve, load: Any) -> None:
+    login = load("login_agent.py")
     agent = login.LoginAgent(SETTINGS)
     caller = await serve(agent)
-    token = login.make_token("u1", "Ada", "login secret")
-    who, _, signature = token.partition(".")
+    token = login.make_token("u1", "Ada", SECRET)
+    who, _, signature = token.rpartition(" ")
     another, unsigned = [login.make_token("u1", "Ada", key) for key in ("other", "")]
-    late = token.replace("t=", "t=1")
-    forged = f"WyJ1MiIsICJCb2IiXQ==.{signature}"
-    for given in ("", "é.é", who, f"{who}.", forged, late, another, unsigned):
+    late, forged = token.replace("t=", "t=1"), f"{who.replace('u1', 'u2')} {signature}"
+    for given in ("", "é é", who, f"{who} ", forged, late, another, unsigned):
         assert (await authorize(caller, given))[0] == "403 Log in first.", given
     head = "POST /authorize HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
-    head += "Authorization: Bearer \xe9.\xe9\r\nContent-Length: 16\r\n\r\n"
+    head += "Authorization: Bearer \xe9 \xe9\r\nContent-Length: 16\r\n\r\n"
     assert await caller.stranger(head + '{"agent_id":"a"}') == "403 Log in first."
-    # As it is without LOGIN_SECRET.
-    agent.secret = ""
+    agent.settings = replace(agent.settings, layercode_webhook_secret="")
     assert (await authorize(caller, unsigned))[0] == "403 Log in first."
     assert not caller.gemini.sessions
 
 
-async def test_a_conversation_is_resumed_by_who_began_it_and_nobody_else(
-    serve: Serve, login: Any
+async def test_who_began_a_conversation_alone_resumes_it(
+    serve: Serve, load: Any
 ) -> None:
-    ada, bob = [login.make_token(name, name, "login secret") for name in ("ada", "bob")]
-    agents = [login.LoginAgent(SETTINGS) for _ in range(2)]
-    caller, other = [await serve(agent) for agent in agents]
+    login = load("login_agent.py")
+    ada, bob = [login.make_token(name, name, SECRET) for name in ("ada", "bob")]
+    caller, other = [await serve(login.LoginAgent(SETTINGS)) for _ in range(2)]
     caller.gemini.session["text"] = '{"conversation_id": "call.2"}'
     _, answer = await authorize(caller, bob)
     mark = answer["conversation_id"].rpartition(".")[2]
@@ -482,104 +428,90 @@ async def test_a_conversation_is_resumed_by_who_began_it_and_nobody_else(
     assert (await authorize(other, ada, conversation_id=owned))[1] == answer
     assert caller.gemini.sessions[-1]["conversation_id"] == "call.1"
     for stolen in (owned, "call.1", "call.1.", f"call.1.{mark}", "é"):
-        for name in ("conversation_id", "session_id"):
-            refused, _ = await authorize(caller, bob, **{name: stolen})
-            assert refused == "403 This conversation is not yours."
-    agents[0].secret = "another"
-    another = login.make_token("ada", "ada", "another")
-    refused, _ = await authorize(caller, another, conversation_id=owned)
+        refused, _ = await authorize(caller, bob, conversation_id=stolen)
+        assert refused == "403 This conversation is not yours."
+    # Nor is it with another secret.
+    settings = replace(SETTINGS, layercode_webhook_secret="another")
+    caller = await serve(login.LoginAgent(settings))
+    ada = login.make_token("ada", "ada", "another")
+    refused, _ = await authorize(caller, ada, conversation_id=owned)
     assert refused == "403 This conversation is not yours."
     assert len(caller.gemini.sessions) == 3
 
 
-PAGE = """
-const sent = [];
+NODE = """
 globalThis.fetch = async (...call) => {
-  sent.push(call);
+  console.log(JSON.stringify(call));
   return new Response("TOKEN", { status: STATUS });
 };
 FUNCTION
 await authorizeSessionRequest({ url: "URL", body: { a: 1 } }).catch(() => {});
-console.log(JSON.stringify(sent));
 """
 
 
-@pytest.mark.parametrize(("status", "requests"), [("200", 2), ("401", 1)])
-def test_the_page_sends_its_users_token(status: str, requests: int) -> None:
-    [function] = recipes.blocks("js")
-    script = PAGE.replace("STATUS", status).replace("FUNCTION", function)
-    node = ["node", "--input-type=module", "-e", script]
-    request = {"method": "POST", "headers": {"Authorization": "Bearer TOKEN"}}
-    calls = [["/voice-token"], ["URL", {**request, "body": '{"a":1}'}]]
-    assert json.loads(subprocess.check_output(node)) == calls[:requests]
-
-
-async def test_redis_and_log_in_make_one_agent(
-    redis: Redis, login: Any, serve: Serve
-) -> None:
-    one, other = await ends_of(serve, login.LoginAgent, redis.recipe.RedisAgent)
-    greeting = await one.say(custom_metadata={"name": "Ada"})
-    await other.say("Hello.")
-    assert redis.shown()[1:] == [greeting, "Hello."]
-    assert (await authorize(other))[0] == "403 Log in first."
+@cases((200, 2), (401, 1))
+def test_the_page_sends_its_users_token(status: int, requests: int) -> None:
+    page, [lines] = recipes.block("index.html"), recipes.blocks("js")
+    [function] = re.findall(r"(?ms)^  async function authorize.*?^  }$", page)
+    function = function.replace(";\n", f";\n{lines}", 1)
+    script = NODE.replace("FUNCTION", function)
+    node = ["node", "--input-type=module", "-e", script.replace("STATUS", f"{status}")]
+    headers = {"Authorization": "Bearer TOKEN"}
+    request = {"method": "POST", "body": '{"a":1}', "headers": headers}
+    calls = [["/voice-token"], ["URL", request]]
+    printed = subprocess.check_output(node).splitlines()
+    assert [json.loads(call) for call in printed] == calls[:requests]
 
 
 # ---- Transcripts, and your own aiohttp application -----------------------------------
 
 
-@contextlib.contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Has another program write to a database for a while."""
-    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        yield
+@pytest.fixture
+def calls(tmp_path: Path) -> Iterator[sqlite3.Connection]:
+    """A database to which another program, this one, writes until it commits."""
+    file = tmp_path / "calls.sqlite"
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as calls:
+        calls.execute("BEGIN EXCLUSIVE")
+        yield calls
 
 
 async def test_each_transcript_is_kept_once_although_the_database_was_locked(
-    serve: Serve, load: Any, tmp_path: Path
+    serve: Serve, load: Any, calls: sqlite3.Connection
 ) -> None:
     caller = await serve(load("transcripts.py").TranscriptsAgent(SETTINGS))
     end, other = [caller.event(type="session.end", transcript=[1]) for _ in range(2)]
-    with locked(tmp_path / "calls.sqlite"):
-        again = [end, dict(reversed(end.items()))] * 20
-        told = [asyncio.create_task(caller.answer(event)) for event in again]
-        assert await caller.say("Still there?") == SURE
-        assert not any(one.done() for one in told)
+    again = [end, dict(reversed(end.items()))] * 20
+    told = [asyncio.create_task(caller.answer(event)) for event in again]
+    assert await caller.say("Still there?") == SURE
+    assert not any(one.done() for one in told)
+    calls.execute("COMMIT")
     assert {one.status for one in await asyncio.gather(*told)} == {200}
     for event in (other, caller.event(type="data")):
         assert (await caller.answer(event)).status == 200
-    with contextlib.closing(sqlite3.connect(tmp_path / "calls.sqlite")) as calls:
-        kept = calls.execute("SELECT event FROM calls ORDER BY rowid").fetchall()
+    kept = calls.execute("SELECT event FROM calls ORDER BY rowid").fetchall()
     assert [json.loads(event) for (event,) in kept] == [end, other]
 
 
 async def test_a_locked_database_does_not_hold_up_the_stop(
-    begin: Any, tmp_path: Path
+    begin: Any, calls: Any
 ) -> None:
-    with locked(tmp_path / "calls.sqlite"):
-        process, caller = await begin(recipes.block("transcripts.py"))
-        end = caller.event(type="session.end")
-        told = asyncio.create_task(caller.answer(end))
-        await caller.say()
-        process.terminate()
-        status, log = await asyncio.wait_for(test_agent.end_of(process), 15)
-        await asyncio.gather(told, return_exceptions=True)
+    process, caller = await begin("transcripts.py")
+    told = asyncio.create_task(caller.answer(caller.event(type="session.end")))
+    await caller.say()
+    process.terminate()
+    status, log = await asyncio.wait_for(test_agent.end_of(process), 15)
+    await asyncio.gather(told, return_exceptions=True)
     assert (status, "failed in notice(): it was cut off" in log) == (0, True)
 
 
-async def test_an_application_has_two_agents_and_notices_a_barge_in(
-    begin: Any, tmp_path: Path
-) -> None:
-    code = recipes.save("own_app.py", tmp_path).read_text()
-    process, caller = await begin(code)
+async def test_an_application_has_two_agents_and_notices_a_barge_in(begin: Any) -> None:
+    process, caller = await begin("own_app.py")
     pizza = replace(caller, url=f"{caller.url}/pizza")
     roses = replace(caller, url=f"{caller.url}/roses", secret="another secret")
     assert (await roses.say()).startswith("Rosa")
     assert (await pizza.say()).startswith("Luigi")
     caller.gemini.scripts = [["Well, ", forever]]
     await barge_in(pizza, "A salami.", after="Well, ")
-    async with asyncio.timeout(5):
-        await caller.gemini.until(open=0)
     await roses.say("Roses.")
     assert "A salami." not in caller.gemini.shown()
     pizza.secret = "another secret"
