@@ -508,11 +508,11 @@ class Server:
     async def allow(self, request: web.Request, response: web.StreamResponse) -> None:
         """Lets pages of the allowed origins read a response, before it is sent."""
         origin = request.headers.get("Origin", "")
-        if self.is_allowed(origin):
+        response.headers["Vary"] = "Origin"
+        if origin and self.is_allowed(origin):
             wanted = request.headers.get("Access-Control-Request-Headers", "")
             response.headers["Access-Control-Allow-Origin"] = origin
             response.headers["Access-Control-Allow-Headers"] = wanted
-            response.headers["Vary"] = "Origin"
 
     async def show(self, request: web.Request) -> web.StreamResponse:
         """The page index.html beside this file, if there is one; else that it is up."""
@@ -635,8 +635,8 @@ class Reply:
         # At the end of the history that reply() gets.
         self.turn = Turn()
         self.is_greeting = event["type"] != "message"
-        # An empty transcript is no error, a missing one is.
-        if not self.is_greeting and event.get("text", 0) not in ("", None):
+        # An empty transcript is no error: the caller was not understood.
+        if not self.is_greeting and event.get("text") not in ("", None):
             self.turn.user = text_of(event, "text").strip()
         # What the history is to be told in the end.
         self.facts: Event = {"user": self.turn.user}
@@ -648,9 +648,8 @@ class Reply:
         }
         self.response = web.StreamResponse(headers=headers)
         self.plain = Plain()
-        # Whether anything was sent, be it words or an event. Where the
-        # greeting is empty, the caller speaks first.
-        self.has_answered = self.is_greeting
+        # Whether anything was sent, be it words or an event.
+        self.has_answered = False
         self.outcome = "interrupted"
         self.started = time.monotonic()
         # When words were written, in milliseconds from there.
@@ -664,9 +663,10 @@ class Reply:
         """Speaks the answer, and records what became of it."""
         with contextlib.suppress(asyncio.CancelledError):
             await self.speak()
-        if "interrupted" in self.outcome and self.request.transport is not None:
+        connection = self.request.transport
+        if self.outcome.startswith("interrupted") and connection is not None:
             # Layercode may not have hung up yet.
-            self.request.transport.abort()
+            connection.abort()
         first_word = self.times[0] if self.times else "none"
         figures = (
             f"first_word={first_word} total={self.time()} chunks={len(self.times)}"
@@ -699,7 +699,8 @@ class Reply:
                     # However many come at once, others are served in between.
                     await asyncio.sleep(0)
                     wait.reschedule(asyncio.get_running_loop().time() + patience)
-            if not self.has_answered:
+            # Where the greeting is empty, the caller speaks first.
+            if not self.has_answered and not self.is_greeting:
                 raise ModelError("nothing was said")
         except BaseException as error:
             if not is_cut_off():
@@ -877,8 +878,8 @@ def text_of(event: Event, name: str, older_name: str = "") -> str:
 MARKS = re.compile(
     # At the start of a line: a heading, a quotation, a list.
     r"(?!\A)(?:(?<=\n)[ \t]*(?:#{1,6} |> ?|[-*+] )"
-    # A link, of which the text stays.
-    r"|\[(?i:interrupted)\]|\[(?P<text>[^\[\]\n]*)\]\([^()\s]*\)"
+    # The mark of an interruption; a link, of which the text stays.
+    r"|\[(?i:interrupted)\]|!?\[(?P<text>[^\[\]\n]*)\]\([^()\s]*\)"
     # Code, bold, emphasis.
     r"|`+|(?<!\d)\*{2,}|\*{2,}(?!\d)|__+"
     r"|(?<![\w*])[*_](?![\s*_])|(?<![\s*_])[*_](?![\w*]))"
@@ -931,12 +932,14 @@ def verify(header: str, body: bytes, secret: str) -> bool:
     are several v1 signatures, of which one must be right.
     """
     timestamp = signed_at(header)
+    if not timestamp:
+        return False
     # Bytes: compare_digest() refuses to compare a text that is not ASCII.
     right = sign(body, secret, timestamp).encode()
     given = [
         f"t={timestamp},{one}".encode("utf-8", "replace") for one in header.split(",")
     ]
-    return timestamp != "" and any(hmac.compare_digest(right, one) for one in given)
+    return any(hmac.compare_digest(right, one) for one in given)
 
 
 def signed_at(header: str) -> str:
@@ -1110,9 +1113,9 @@ class Gemini:
             "instruction is not enabled": f": {model} takes no persona",
             "thinking": f": does GEMINI_THINKING={self.thinking} suit {model}?",
         }
-        details = str(error.details).lower()
+        answer = str(error.details).lower()
         told = f"{type(error).__name__} {error.code} {error.status}"
-        told += "".join(hint for words, hint in hints.items() if words in details)
+        told += "".join(hint for words, hint in hints.items() if words in answer)
         is_final = error.code in (400, 401, 403, 404, 429)
         return FinalError(told) if is_final else ModelError(told)
 
@@ -1213,8 +1216,9 @@ class Answer:
             running.add_done_callback(lambda _: self.agent.tools_running.pop(self.key))
             if not self.has_answered:
                 await asyncio.wait([running], timeout=FILLER_AFTER)
-                yield "" if running.done() else filler
-                filler = ""
+                if not running.done():
+                    yield filler
+                    filler = ""
             # If the caller interrupts here, the tools go on.
             await asyncio.shield(running)
             for event in self.events:
@@ -1263,7 +1267,7 @@ class Answer:
         from pydantic_core import to_json
 
         call = part["functionCall"]
-        name = call["name"].rpartition(".")[2]
+        name = call.get("name", "").rpartition(".")[2]
         state = "failed"
         try:
             if name not in self.tools:
@@ -1330,7 +1334,9 @@ async def in_thread(function: Callable[[], T]) -> T:
         try:
             outcome.set_result(function())
         except BaseException as error:
-            outcome.set_exception(error)
+            # asyncio cannot raise a StopIteration where it is waited for.
+            is_stop = isinstance(error, StopIteration)
+            outcome.set_exception(RuntimeError("StopIteration") if is_stop else error)
 
     threading.Thread(target=work, daemon=True).start()
     return await asyncio.wrap_future(outcome)

@@ -669,7 +669,7 @@ async def test_the_answer_has_the_form_that_layercode_reads(caller: Caller) -> N
 
 OBJECT = "the body is not a JSON object"
 RUBBISH = [b" ", b"null", b"5", b'["ab"]', b"\xff", b"{", b"[" * 100_000, b"1" * 5000]
-FIELDS = [*product(["type", "conversation_id", "turn_id", "text"], [0, {}, ...])]
+FIELDS = [*product(["type", "conversation_id", "turn_id", "text"], [0, {}, ...])][:-1]
 
 
 @cases(
@@ -678,7 +678,7 @@ FIELDS = [*product(["type", "conversation_id", "turn_id", "text"], [0, {}, ...])
     (b'{"type": "new", "session_id": "a"}'.ljust(2**20), 200, "{}"),
     (b"{}".ljust(2**20 + 1), 413, ""),
     *(({"type": it, "turn_id": ...}, 200, "{}") for it in ("data", "session.start")),
-    *(({"text": text}, 200, APOLOGY) for text in ("", "  ", None)),
+    *(({"text": text}, 200, APOLOGY) for text in ("", "  ", None, ...)),
     *(({name: "a\ud800"}, 200, "problem.") for name in ("text", "turn_id", "more")),
 )
 async def test_a_webhook_is_answered_or_told_what_is_wrong_with_it(
