@@ -508,11 +508,11 @@ class Server:
     async def allow(self, request: web.Request, response: web.StreamResponse) -> None:
         """Lets pages of the allowed origins read a response, before it is sent."""
         origin = request.headers.get("Origin", "")
-        response.headers["Vary"] = "Origin"
         if origin and self.is_allowed(origin):
             wanted = request.headers.get("Access-Control-Request-Headers", "")
             response.headers["Access-Control-Allow-Origin"] = origin
             response.headers["Access-Control-Allow-Headers"] = wanted
+            response.headers["Vary"] = "Origin"
 
     async def show(self, request: web.Request) -> web.StreamResponse:
         """The page index.html beside this file, if there is one; else that it is up."""
