@@ -109,7 +109,7 @@ AUTHORIZE_PATIENCE = 10.0
 GRACE = 5.0
 # For the age of a signature, as in Layercode's Node SDK 1.2.1.
 TOLERANCE = 300
-# How often tools may be called in an answer.
+# Rounds of tools in an answer.
 MAX_ROUNDS = 5
 # Bytes of a webhook, which may hold a transcript.
 MAX_BODY = 2**20
@@ -255,11 +255,11 @@ class Agent:
     def reply(self, event: Event, history: list[Turn]) -> Speech:
         """The answer to the last turn; yours is an async def that yields.
 
-        A str is spoken the moment it is yielded; a dict is an event for
-        Layercode, such as {"type": "response.data", "content": ...} for the
-        page. When the caller interrupts, it is cancelled: let CancelledError
-        pass. If it raises anything else, yields nothing at all, or nothing for
-        `patience` seconds, the caller hears the apology.
+        A str is spoken at once; a dict is an event for Layercode, such as
+        {"type": "response.data", "content": ...} for the page. When the caller
+        interrupts, it is cancelled: let CancelledError pass. If it raises
+        anything else, or yields nothing, or nothing for `patience` seconds,
+        the caller hears the apology.
         """
         if self.gemini is None:
             return stand_in(history)
@@ -268,12 +268,11 @@ class Agent:
     def tools(self, event: Event) -> Sequence[Tool]:
         """The functions that Gemini may call while it answers a webhook.
 
-        It is told their names, docstrings and parameters, whose types are what
-        they are called with. A sync one runs in a thread, an async one must
-        not block; they have TOOL_PATIENCE seconds, and go on when the caller
-        interrupts. Gemini is told what they return; {"type": "response.data",
-        "content": ...} goes to the page as well, and {"type":
-        "response.hangup"} ends the call after the last word.
+        It is told their names, docstrings and parameters, and what they
+        return. A sync one runs in a thread, an async one must not block; they
+        have TOOL_PATIENCE seconds, and go on when the caller interrupts.
+        {"type": "response.data", "content": ...} goes to the page as well, and
+        {"type": "response.hangup"} ends the call after the last word.
         """
         return []
 
@@ -306,10 +305,9 @@ class Agent:
         """Gemini's answer to the last turn of the history, as google-genai's chunks.
 
         `config` is google-genai's, and goes before the defaults here, but
-        functions in it are never called: see tools(). If no chunk has_words(),
-        Gemini is asked once more: see ask_twice(). Use it with
-        contextlib.aclosing(), so that a hang-up ends it. Raises ModelError,
-        aiohttp's errors, and RuntimeError without a key.
+        functions in it are never called: see tools(). For has_words(), see
+        ask_twice(). Use it with contextlib.aclosing(), so that a hang-up ends
+        it. Raises ModelError, aiohttp's errors, and RuntimeError without a key.
         """
         gemini = self.gemini
         if gemini is None:
@@ -374,10 +372,7 @@ def cut_off(*tasks: asyncio.Task[Any]) -> None:
 
 
 def is_cut_off() -> bool:
-    """Whether this task was cancelled; a CancelledError may also be another's.
-
-    Such as that of a look-up which two callers share, of whom one hangs up.
-    """
+    """Whether this task was cancelled: a CancelledError may come from another."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
@@ -412,9 +407,8 @@ class Histories:
     """What was said in each conversation, in memory.
 
     A store of your own overrides both methods; load() must show what was
-    recorded before. If they fail before an answer, or take longer than
-    Agent.patience, the caller hears the apology; after it, or when a tool
-    runs, only the log tells.
+    recorded before. If they fail before an answer, the caller hears the
+    apology; later, only the log tells.
     """
 
     def __init__(self) -> None:
@@ -428,10 +422,9 @@ class Histories:
     async def record(self, conversation: str, turn_id: str, **facts: Any) -> None:
         """Sets fields of a Turn, which is a new one if its turn_id is new.
 
-        `user` is recorded before the model is asked, `done` before tools begin
-        and when they have ended, `user`, `spoken` and `finished` when the
-        answer is over or cut off, `heard` or `finished` when a later webhook
-        reports an interruption.
+        `user` is recorded before the model is asked, `done` before and after
+        tools, `spoken` and `finished` when the answer is over or cut off,
+        `heard` or `finished` when a later webhook reports an interruption.
         """
         turns = self._conversations.pop(conversation, {})
         turns[turn_id] = dataclasses.replace(turns.get(turn_id, Turn()), **facts)
@@ -447,17 +440,16 @@ def contents(history: list[Turn]) -> list[Event]:
 
     The caller and the model take turns, and the caller comes first and last.
     """
-    said: list[Event] = []
+    merged: list[Event] = []
     for turn in history:
         words = turn.user or "(The caller says nothing.)"
-        said += [{"role": "user", "parts": [{"text": words}]}, *turn.done]
+        said = [{"role": "user", "parts": [{"text": words}]}, *turn.done]
         if turn.answer() and turn is not history[-1]:
             said.append({"role": "model", "parts": [{"text": turn.answer()}]})
-    merged: list[Event] = []
-    for content in said:
-        if not merged or merged[-1]["role"] != content["role"]:
-            merged.append({"role": content["role"], "parts": []})
-        merged[-1]["parts"] += content["parts"]
+        for content in said:
+            if not merged or merged[-1]["role"] != content["role"]:
+                merged.append({"role": content["role"], "parts": []})
+            merged[-1]["parts"] += content["parts"]
     return merged
 
 
@@ -563,7 +555,7 @@ class Server:
         settings = self.agent.settings
         if not settings.layercode_api_key:
             raise web.HTTPInternalServerError(reason="LAYERCODE_API_KEY is not set")
-        # The page's fields are named one by one, because Layercode would take
+        # The page's fields are named one by one, because Layercode takes
         # others, too: with a config, a visitor could have the session call a
         # webhook and a model of their own.
         session = {"agent_id": text_of(page, "agent_id", "pipeline_id")}
@@ -616,15 +608,14 @@ class Server:
 class Reply:
     """An answer on its way to Layercode.
 
-    The whole story of an interruption: the caller speaks, so Layercode drops
-    the connection. aiohttp then cancels the handler (handler_cancellation),
-    and that cuts off the reply's task, wherever it waits. This closes the
-    agent's reply() and, in it, the stream from Gemini; tools that have begun
-    go on. What was spoken is recorded as not finished. The caller's next
-    webhook tells how much was heard; that is recorded, and the model is shown
-    those words and [interrupted]. If that webhook comes before the dropped
-    connection is noticed, its reply cuts this one off, and waits until it is
-    recorded. If the answer was already written, only the report comes.
+    An interruption: the caller speaks, so Layercode drops the connection.
+    aiohttp then cancels the handler (handler_cancellation), and that cuts off
+    the reply's task, wherever it waits. This closes the agent's reply() and,
+    in it, the stream from Gemini; tools that have begun go on. What was spoken
+    is recorded as not finished. The next webhook tells how much was heard;
+    that is recorded, and the model is shown those words and [interrupted]. If
+    it comes before the dropped connection is noticed, its reply cuts this one
+    off, and waits until it is recorded.
     """
 
     def __init__(self, agent: Agent, request: web.Request, event: Event) -> None:
@@ -723,12 +714,10 @@ class Reply:
     async def begin(self) -> Speech:
         """Records what the webhook tells, and returns what is to be said.
 
-        It waits until the reply before this one is over. It records before the
-        model is asked, so that no word of the caller's gets lost. A webhook
-        may arrive twice. If its turn is finished, or a later one has begun,
-        the same words are spoken again, without other events, and nothing
-        changes. Otherwise the turn gets a new answer, once the tools that it
-        has called are over.
+        The caller's words are recorded before the model is asked, so that none
+        gets lost. A webhook may arrive twice: if its turn is finished, or a
+        later one has begun, the same words are spoken again, and nothing is
+        recorded. Otherwise it gets a new answer, once its tools are over.
         """
         if self.earlier is not None:
             cut_off(self.earlier)
@@ -1061,9 +1050,8 @@ class Gemini:
             thinking: Any = {name: self.thinking.upper()}
             request["thinking_config"] = thinking
         request |= config
-        # Every caller waits while google-genai builds contents: 0.25 ms for
-        # each message. An extra_body is only merged over the empty contents:
-        # 1.5 ms for 40 turns.
+        # Every caller waits while google-genai builds contents, 0.25 ms for
+        # each message. An extra_body is only merged, 1.5 ms for 40 turns.
         options: Any = dict(config.get("http_options") or {})
         body = {"contents": contents(history), **options.get("extra_body", {})}
         if "system_instruction" not in config:
@@ -1134,8 +1122,7 @@ def is_last(chunk: Chunk) -> bool:
 async def let_go(chunks: AsyncIterator[Chunk]) -> None:
     """Makes google-genai release the connection of a stream, wherever it is.
 
-    One that is only closed keeps it until the garbage collector comes; one
-    that is cancelled while it is read closes it at once:
+    Only one that is cancelled while it is read lets go at once:
     googleapis/python-genai, issue 2425.
     """
     with contextlib.suppress(Exception):
@@ -1279,7 +1266,9 @@ class Answer:
                 # An async tool has only been called there.
                 if inspect.isawaitable(output):
                     output = await output
-            text = to_json(output, fallback=str, inf_nan_mode="null")
+            # What is no JSON is no fault of the tool's: it has run.
+            options: Any = {"inf_nan_mode": "null", "bytes_mode": "base64"}
+            text = to_json(output, fallback=str, **options)
             answer["response"] = {"output": json.loads(text)}
             state = "done"
         except BaseException as error:
@@ -1310,7 +1299,7 @@ def declare(tool: Tool) -> Declaration:
     return {
         "name": tool.__name__,
         "description": inspect.getdoc(tool) or "",
-        "parameters_json_schema": schema if schema["properties"] else None,
+        "parameters_json_schema": schema if schema.get("properties") else None,
     }
 
 
@@ -1323,8 +1312,8 @@ def state_of(tool: str, state: str) -> Event:
 async def in_thread(function: Callable[[], T]) -> T:
     """What a blocking function returns, from a thread of its own; raises its errors.
 
-    The thread is a daemon, for which Python does not wait before it ends; and
-    one that hangs holds up no other, as in asyncio.to_thread(), which has few.
+    One that hangs holds up no other, as in asyncio.to_thread(), which has few
+    threads, nor the end of Python, which does not wait for daemons.
     """
     outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
     # From here on nobody can cancel it, so that it may always be set.
@@ -1354,8 +1343,8 @@ def name_of_task() -> str:
 def cause(error: BaseException) -> str:
     """What the log says of an error: its type and place, or a LoggedError's message.
 
-    The message of another may hold a key, or what a caller said: it is logged
-    only if LOG_LEVEL is DEBUG, and in `chat`.
+    The message of another may hold a key, or what a caller said: it is for
+    LOG_LEVEL=DEBUG, and for `chat`.
     """
     details.debug("%s", name_of_task(), exc_info=error)
     if isinstance(error, LoggedError):
@@ -1464,9 +1453,8 @@ def show(words: str) -> None:
 
 def serve_beside(agent: Agent) -> str:
     """Serves an agent in a thread; returns its webhook's URL, which listens already."""
-    secret = os.urandom(16).hex()
-    settings = dataclasses.replace(agent.settings, layercode_webhook_secret=secret)
-    agent.settings = settings
+    key = os.urandom(16).hex()
+    agent.settings = dataclasses.replace(agent.settings, layercode_webhook_secret=key)
     listener = socket.create_server(("127.0.0.1", 0))
     options: Event = {"sock": listener, "handle_signals": False, "print": None}
 
@@ -1488,17 +1476,12 @@ def serve_beside(agent: Agent) -> str:
 def serve(agent: Agent) -> None:
     """Serves the agent until the process is told to stop. Raises SettingsError."""
     settings = agent.settings
-    host = settings.host
-    port = settings.port
 
     def when_up(_: str) -> None:
         # google-genai's 100,000 objects are here to stay: whenever the
         # collector looked at them, every caller would wait 60 ms.
         gc.freeze()
-        # aiohttp's own queue of 128 is short beside a flood of strangers: a
-        # caller who finds it full tries again after a second.
-        listener.listen(1024)
-        print(f"Up: http://{host}:{port}")
+        print(f"Up: http://{settings.host}:{settings.port}")
         missing = {
             "layercode_webhook_secret": "every webhook will be refused",
             "google_generative_ai_api_key": "a stand-in will reply",
@@ -1509,7 +1492,8 @@ def serve(agent: Agent) -> None:
                 print(f"{name.upper()} is not set: {why}. See .env.example.")
         if settings.layercode_api_key and type(agent).admit is Agent.admit:
             print("Everyone who reaches /authorize may start calls: override admit().")
-        print(f"Next: cloudflared tunnel --url http://localhost:{port}", flush=True)
+        tunnel = f"cloudflared tunnel --url http://localhost:{settings.port}"
+        print(f"Next: {tunnel}", flush=True)
 
     async def when_stopped(app: web.Application) -> None:
         if agent.replies:
@@ -1523,17 +1507,19 @@ def serve(agent: Agent) -> None:
 
     # Before the agent starts, so that its errors are not taken for this one.
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family)
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        listener = socket.create_server((settings.host, settings.port), family=family)
     except (OSError, OverflowError, UnicodeError) as error:
-        where = f"HOST={host} PORT={port} cannot be listened on"
-        why = f"{error}. Is the agent running already?"
-        raise SettingsError(f"{where}: {why}") from None
+        address = f"HOST={settings.host} PORT={settings.port}"
+        why = f"cannot be listened on: {error}. Is the agent running already?"
+        raise SettingsError(f"{address} {why}") from None
     app = agent.make_app()
     app.on_shutdown.insert(0, when_stopped)
     refusals.addFilter(Sparing())
-    # With this logger for malformed HTTP, too.
-    web.run_app(app, sock=listener, print=when_up, logger=refusals, **RUNNER_OPTIONS)
+    # Beside a flood of strangers, a caller who finds aiohttp's own queue of 128
+    # full would try again after a second. Malformed HTTP is refused, too.
+    options = {"backlog": 1024, "logger": refusals, **RUNNER_OPTIONS}
+    web.run_app(app, sock=listener, print=when_up, **options)
 
 
 def main(agent: type[Agent] = Agent) -> None:
