@@ -546,7 +546,8 @@ class Server:
             async with asyncio.timeout(NOTICE_PATIENCE):
                 return web.json_response(await self.agent.notice(event) or {})
         except BaseException as error:
-            log.error("%s failed in notice(): %s", name_of_task(), cause(error))
+            why = "it was cut off by the stop" if is_cut_off() else cause(error)
+            log.error("%s failed in notice(): %s", name_of_task(), why)
             return web.Response(status=500, reason="see the agent's log")
 
     async def authorize(self, request: web.Request) -> web.Response:

@@ -3,9 +3,8 @@
     python -m pytest test_agent.py
 
 google-genai asks a small Gemini that runs here; a caller signs webhooks, listens, and
-hangs up in the middle of an answer; what only the served process shows is tested in
-`python agent.py`. Nothing is mocked. Tests wait for what happens, and not for time to
-pass. They stand in the order of agent.py.
+hangs up; what only the served process shows is tested in `python agent.py`. Nothing is
+mocked, and no test waits for time to pass. They stand in the order of agent.py.
 """
 
 from __future__ import annotations
@@ -363,6 +362,9 @@ class Store(Histories):
         self.before = before
         self.facts: list[tuple[str, str, Event]] = []
 
+    def __len__(self) -> int:
+        return len(self.facts)
+
     async def load(self, conversation: str) -> dict[str, Turn]:
         await self.before.get("load", nothing)()
         turns: dict[str, Turn] = {}
@@ -421,6 +423,7 @@ async def serve(
 ) -> AsyncIterator[Serve]:
     """Serves an agent, with other limits if need be; gives a caller of it."""
     caplog.set_level("INFO", "agent")
+    served: list[Agent] = []
     # pytest-aiohttp sets handler_cancellation by itself.
     options: Any = {**agent.RUNNER_OPTIONS, "lingering_time": 0.1}
     del options["handler_cancellation"]
@@ -429,17 +432,19 @@ async def serve(
         return [line for name, _, line in caplog.record_tuples if "agent" in name]
 
     async def serve(one: Agent, scripts: Any = (), **limits: float) -> Caller:
+        served.append(one)
         gemini.scripts = [*scripts]
         for name, value in limits.items():
             monkeypatch.setattr(agent, name, value)
         if one.settings.layercode_api_url == Settings.layercode_api_url:
-            url = os.environ["GOOGLE_GEMINI_BASE_URL"]
+            url = os.environ["GOOGLE_GEMINI_BASE_URL"] + "/"
             one.settings = replace(one.settings, layercode_api_url=url)
         server = await aiohttp_server(one.make_app(), **options)
         return Caller(http, url_of(server), gemini, log)
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         yield serve
+    await until(lambda: not any(one.tasks or one.replies for one in served))
     lines = "\n".join(map(logging.Formatter().format, caplog.get_records("call")))
     for text in ("secret words", GEMINI_KEY, "GOOGLE_API_KEY"):
         assert text not in lines
@@ -499,10 +504,9 @@ async def end_of(process: Process) -> tuple[int | None, str]:
 # ---- Limits and settings -------------------------------------------------------------
 
 LIMITS = """
-TOOL_PATIENCE 5, FILLER_AFTER 1.2, MAX_ROUNDS 5, STREAM_END_PATIENCE 0.1,
-WRITE_PATIENCE 5, RECORD_PATIENCE 2, NOTICE_PATIENCE 30,
-BODY_PATIENCE 5, AUTHORIZE_PATIENCE 10, GRACE 5, TOLERANCE 300, MAX_TURNS 50,
-MAX_CONVERSATIONS 10000"""
+TOOL_PATIENCE 5, FILLER_AFTER 1.2, MAX_ROUNDS 5, STREAM_END_PATIENCE 0.1, GRACE 5,
+WRITE_PATIENCE 5, RECORD_PATIENCE 2, NOTICE_PATIENCE 30, BODY_PATIENCE 5, MAX_TURNS 50,
+AUTHORIZE_PATIENCE 10, TOLERANCE 300, MAX_CONVERSATIONS 10000"""
 OPTIONS = {"handler_cancellation": True, "auto_decompress": False, "access_log": None}
 WAITS = {"keepalive_timeout": 120, "lingering_time": 2, "shutdown_timeout": 1}
 
@@ -511,6 +515,7 @@ async def test_limits_and_settings_are_those_that_are_promised() -> None:
     for name, value in map(str.split, LIMITS.split(",")):
         assert getattr(agent, name) == float(value), name
     assert (Agent.patience, Agent.ask_again_after) == (8, 2.5)
+    assert "[interrupted]" in Agent.voice_rules and Settings().log_level == "INFO"
     assert agent.RUNNER_OPTIONS == {**OPTIONS, **WAITS}
     example = Path(agent.__file__).with_name(".env.example").read_text("utf-8")
     names = sorted(re.findall("(?m)^([A-Z_]+)=", example))
@@ -522,7 +527,7 @@ async def test_limits_and_settings_are_those_that_are_promised() -> None:
     ("\ufeffHOST=a-b", {"host": "a-b"}),
     ("# HOST=c\r\n\r\n  HOST = a-b  \r\nPORT=80\r\n", {"host": "a-b", "port": 80}),
     ("export HOST=s3c#r=t # a comment\nWHATEVER=5", {"host": "s3c#r=t"}),
-    ("HOST='a # \"b' # a comment", {"host": 'a # "b'}),
+    ("HOST='a # \"b' # it's a comment", {"host": 'a # "b'}),
     ("HOST=\nPORT= # a comment\nLOG_LEVEL", {}),
     ("GEMINI_MODEL=a\nGEMINI_THINKING=low", {"gemini_model": "set outside"}),
     (b"HOST=\xff", r"\.env cannot be read"),
@@ -665,6 +670,7 @@ async def test_the_answer_has_the_form_that_layercode_reads(caller: Caller) -> N
     last = 'data: {"type": "response.end", "turn_id": "1"}\n\n'
     text = await response.text()
     assert text.startswith(first) and text.endswith(last) and text.count("\n") == 6
+    assert caller.log()[-1].endswith("ms chunks=2")
 
 
 OBJECT = "the body is not a JSON object"
@@ -707,7 +713,7 @@ CHUNKS, GZIP = "Transfer-Encoding: chunked", "Content-Encoding: gzip"
     ("/agent", [ONE, SIGNED, GZIP], "415 "),
     ("/agent", [ONE, "layercode-signature: \xe9"], "401 "),
     ("/agent", [ONE, SIGNED[:35] + "1=\xe9"], "401 "),
-    ("/nowhere", [ONE], "404 Not Found"),
+    (f"/{'nowhere' * 99}", [ONE], "404 Not Found"),
 )
 async def test_a_stranger_is_refused_and_the_connection_closed(
     serve: Serve, path: str, headers: list[str], told: str
@@ -715,6 +721,7 @@ async def test_a_stranger_is_refused_and_the_connection_closed(
     caller = await serve(Agent(SETTINGS), BODY_PATIENCE=0.1)
     lines = [f"POST {path} HTTP/1.1", "Host: a", "Connection: close", *headers]
     assert (await caller.stranger("\r\n".join([*lines, "", "1"]))).startswith(told)
+    assert len(caller.log()[-1]) < 150
 
 
 DATA = {"type": "response.data", "content": {"size": 9}}
@@ -781,7 +788,7 @@ async def test_who_stops_reading_has_hung_up(serve: Serve) -> None:
         await until(caller.log)
         with pytest.raises(aiohttp.ClientError):
             await response.read()
-    assert " interrupted" in caller.log()[0]
+    assert " interrupted: Layercode has stopped reading" in caller.log()[0]
 
 
 REPORTS = [
@@ -820,7 +827,7 @@ async def test_a_stop_ends_what_outlasts_it_and_says_so(
     assert await reply == []
     assert " cut off by the stop first_word=none" in str(caller.log())
     [line] = [line for line in caller.log() if "'session.end'" in line]
-    assert "CancelledError" in line and "notice()" in line
+    assert "notice(): it was cut off" in line
 
 
 # ---- What is read aloud, and the signature -------------------------------------------
@@ -832,7 +839,7 @@ PLAIN = {
     "See [the menu](https://a.example/x_y) now": "See the menu now",
     "Well [interrupted] so\ud800 [Interrupted]": "Well  so? ",
     "Yes [sic] [1], 2*3, 2**3, 5 * 3": "Yes [sic] [1], 2*3, 2**3, 5 * 3",
-    "a - b, 5 > 3, #1, C#, snake_case": "a - b, 5 > 3, #1, C#, snake_case",
+    "a - b, 5 > 3, #1, C#, snake_case [1": "a - b, 5 > 3, #1, C#, snake_case [1",
 }
 
 
@@ -851,6 +858,7 @@ NOW, RIGHT = int(time.time()), sign(BODY, SECRET)
 @cases(
     *((sign(BODY, SECRET, str(NOW + age)), 200) for age in (-200, 0, 200)),
     *((text, 200) for text in (RIGHT + ",v1=00", RIGHT.replace(",", ",v1=00,"))),
+    (",".join(reversed(RIGHT.split(","))), 200),
     *((sign(BODY, SECRET, str(NOW + age)), 401) for age in (-310, 3600)),
     *((sign(*it), 401) for it in ((BODY + b" ", SECRET), (BODY, "another"))),
     *((RIGHT.replace(*it), 401) for it in (("v1", "v0"), ("t=", "t=0"))),
@@ -863,16 +871,6 @@ async def test_a_webhook_is_taken_if_its_signature_is_right(
     headers = {"layercode-signature": signature}
     assert (await caller.status(BODY, "/agent", headers))[0] == status
     assert agent.verify(signature, BODY, SECRET) == (status == 200)
-
-
-@cases(("/agent", 401, "WEBHOOK_SECRET"), ("/authorize", 500, "API_KEY"))
-async def test_a_missing_secret_is_told(
-    serve: Serve, path: str, status: int, name: str
-) -> None:
-    caller = await serve(Agent(Settings()))
-    caller.secret = ""
-    answer = await caller.status({**ASKED, **caller.event()}, path)
-    assert answer[0] == status and f"LAYERCODE_{name}" in answer[1]
 
 
 # ---- Asking Gemini -------------------------------------------------------------------
@@ -1121,7 +1119,6 @@ async def test_events_of_tools_are_sent_and_a_hang_up_comes_last(serve: Serve) -
     states = [one["content"]["state"] for one in frames if one not in sent]
     assert states == ["running"] * 4 + ["done"] * 4
     assert caller.gemini.results() == [{"output": one} for one in events.values()]
-    # After a goodbye, there is nothing more to say.
     frames = await caller.frames(caller.event("bye"))
     assert (words(frames).strip(), frames[-1]) == ("Bye.", HANG_UP)
     assert len(caller.gemini.asked) == 3
@@ -1167,6 +1164,8 @@ THERE = "https://App.example.com/, https://*.shop.example http://[::1]:*"
     (THERE, "https://leeds.shop.example", True),
     (THERE, "http://app.example.com", False),
     (THERE, "http://::9", False),
+    (THERE, "https://app.example.com.evil.example", False),
+    (THERE, f"http://{'a' * 99}", False),
 )
 async def test_pages_of_the_allowed_origins_get_a_session(
     serve: Serve, allowed: str, origin: str, gets_it: bool
@@ -1184,7 +1183,7 @@ async def test_pages_of_the_allowed_origins_get_a_session(
     for one in (preflight, response):
         assert [one.headers.get(name) for name in names] == told
     assert caller.gemini.sessions == [ASKED] * gets_it
-    assert gets_it or "ALLOWED_ORIGINS" in caller.log()[0]
+    assert gets_it or f"{origin[:80]!r} is not in ALLOWED_ORIGINS" in caller.log()[0]
 
 
 FOUR = {**ASKED, "conversation_id": "c", "metadata": {"b": 1}, "sdk_version": "2"}
@@ -1319,8 +1318,8 @@ async def test_a_chat_shows_what_an_agent_sends_and_adds_to_webhooks(run: Run) -
     assert shown[2:4] == ['[{"size": 9}]', "Hi [31mAda ?"]
     assert f"> {APOLOGY}" in shown and shown[-1] == "(the agent hung up)"
     assert "stand-in. You said 'Bye' and before that 'Fail!'. " in shown[-2]
-    assert b"KeyError: 'a message of Ada'" in errors and b" spoken " not in errors
-    assert chat.returncode == 0
+    assert b"KeyError: 'a message of Ada'" in errors and b" failed: KeyErr" in errors
+    assert (chat.returncode, b" spoken " in errors) == (0, False)
 
 
 # ---- The command line ----------------------------------------------------------------
@@ -1398,8 +1397,7 @@ async def test_it_serves_this_machine_only_and_says_what_is_not_configured(
     said = await printed(process, f"http://localhost:{unused_tcp_port}\n")
     assert said.startswith(f"Up: http://127.0.0.1:{unused_tcp_port}\n")
     assert "LAYERCODE_WEBHOOK_SECRET is not set" in said and "stand-in" in said
-    assert "Everyone who reaches /authorize may start calls" in said
-    assert "admit()" in said and API_KEY not in said
+    assert API_KEY not in said and "may start calls: override admit()" in said
     with pytest.raises(ConnectionError):
         socket.create_connection(("127.0.0.2", unused_tcp_port))
 

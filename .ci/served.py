@@ -5,8 +5,10 @@ import contextlib
 import hmac
 import json
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,12 +19,18 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 
-from ports import free_port
-
 ROOT = Path(__file__).parent.parent
 SECRET = "a webhook secret"
 # Seconds that a caller waits for an answer.
 PATIENCE = 30.0
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those of outgoing connections."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 @dataclass(frozen=True)

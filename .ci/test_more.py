@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import aiohttp
 import certifi
 import pytest
 from aiohttp import web
@@ -16,7 +17,18 @@ from aiohttp import web
 import agent
 import test_agent
 from agent import Agent, Event, Histories, Turn
-from test_agent import APOLOGY, OFFLINE, SETTINGS, SURE, Own, Patch, Serve, cases, until
+from test_agent import (
+    API_KEY,
+    APOLOGY,
+    OFFLINE,
+    SETTINGS,
+    SURE,
+    Own,
+    Patch,
+    Serve,
+    cases,
+    until,
+)
 
 
 async def test_reply_can_be_called_without_a_server_or_a_key() -> None:
@@ -108,6 +120,11 @@ async def test_a_slow_answer_counts_after_a_second_failed(
     await caller.another().say()
     gate.open()
     assert await answer == "Here I am."
+    first_word = re.search(r" first_word=(\d+)ms ", caller.log()[-1])
+    assert first_word and (times == 1 or int(first_word[1]) >= 50)
+    caller.gemini.scripts = [(500,), (503,)]
+    assert await caller.say("Once more!") == APOLOGY
+    assert " failed: ServerError 503 " in caller.log()[-1]
 
 
 async def test_a_reply_may_take_long(serve: Serve, monkeypatch: Patch) -> None:
@@ -140,6 +157,9 @@ async def test_gemini_is_asked_as_our_settings_say_and_no_others(
     assert key == SETTINGS.google_generative_ai_api_key
 
 
+AWAY = "Layercode could not be reached:"
+
+
 @cases("GOOGLE_GEMINI_BASE_URL", "")
 async def test_a_proxy_is_used_and_who_is_away_is_told(
     serve: Serve, gemini: Any, monkeypatch: Patch, proxy: str
@@ -150,9 +170,43 @@ async def test_a_proxy_is_used_and_who_is_away_is_told(
     caller = await serve(Own(settings=replace(SETTINGS, layercode_api_url=away)))
     assert await caller.say("hello") == (SURE if proxy else APOLOGY)
     assert proxy or " failed: ClientConnectorError at" in caller.log()[-1]
-    told = (502, "Layercode could not be reached: ClientConnectorError")
+    told = (502, f"{AWAY} ClientConnectorError")
     asked = await caller.status(test_agent.ASKED, "/authorize")
     assert asked == ((200, "OK") if proxy else told)
+
+
+async def test_visitors_share_no_cookies_and_have_no_need_to_queue(
+    serve: Serve,
+) -> None:
+    await serve(one := Agent(SETTINGS))
+    assert isinstance(one.http.cookie_jar, aiohttp.DummyCookieJar)
+    assert (one.http.trust_env, one.http.connector and one.http.connector.limit) == (
+        0,
+        0,
+    )
+
+
+QUOTED = {"text": f'{{"error": "no {API_KEY},\\nn\u00f4r that"}}'}
+
+
+@cases(
+    ({"status": 201}, {}, (200, "OK")),
+    ({"status": 400, **QUOTED}, {}, (400, "no ***, n r that")),
+    ({"status": 402, **QUOTED}, {}, (402, "no ***, n r that")),
+    ({"status": 402, "text": "[]"}, {}, (402, "Layercode answered 402")),
+    ({"status": 401, **QUOTED}, {}, (502, "Layercode answered 401")),
+    ({"status": 307}, {}, (502, "Layercode answered 307")),
+    ({"text": " " * (2**20 + 1)}, {}, (502, f"{AWAY} ClientPayloadError")),
+    ({}, {"AUTHORIZE_PATIENCE": 0}, (504, f"{AWAY} TimeoutError")),
+)
+async def test_the_page_gets_layercode_s_answer_or_why_there_is_none(
+    serve: Serve, answer: Event, limits: Any, told: tuple[int, str]
+) -> None:
+    caller = await serve(Agent(SETTINGS), **limits)
+    caller.gemini.session = {"text": f"{{{API_KEY}}}", **answer}
+    got = await caller.answer(test_agent.ASKED, "/authorize")
+    assert (got.status, got.reason) == told and API_KEY not in await got.text()
+    assert got.status == 200 or f"{got.status} {got.reason}" in caller.log()[-1]
 
 
 async def test_certifi_s_authorities_are_known(monkeypatch: Patch) -> None:
@@ -204,3 +258,20 @@ async def test_strangers_write_few_lines_and_the_rest_is_counted(
     found = re.search(rb"\((\d+) lines like this were left out before\)\n", seen)
     assert found and int(found[1]) + seen.count(b"\n") == refused
     assert b"Traceback" not in seen and b"secret" not in seen and seen.count(b"\n") <= 6
+
+
+async def test_gemini_is_shown_that_tools_were_interrupted_before_a_word() -> None:
+    ham = test_agent.call("order", dish="a ham")
+    turns = [Turn("A ham!", done=[{"role": "model", "parts": [ham]}]), Turn("Well?")]
+    interrupted = {"role": "model", "parts": [ham, {"text": "[interrupted]"}]}
+    assert agent.contents(turns)[1] == interrupted
+
+
+@cases(("/agent", 401, "WEBHOOK_SECRET"), ("/authorize", 500, "API_KEY"))
+async def test_a_missing_secret_is_told(
+    serve: Serve, path: str, status: int, name: str
+) -> None:
+    caller = await serve(Agent(agent.Settings()))
+    caller.secret = ""
+    answer = await caller.status({**test_agent.ASKED, **caller.event()}, path)
+    assert answer[0] == status and f"LAYERCODE_{name}" in answer[1]

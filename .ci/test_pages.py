@@ -15,8 +15,7 @@ import pytest
 import recipes
 from aiohttp import web
 from pictures import save_page
-from ports import free_port
-from served import running
+from served import free_port, running
 
 PATIENCE = 20  # Seconds that anything may take on a machine that is busy.
 # Chromium has a fake microphone and, because there is nothing but this machine, no CDN.

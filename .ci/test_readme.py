@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import recipes
-from ports import free_port, listens
+from served import free_port
 from test_recipes import barge_in
 
 import agent
@@ -44,7 +45,10 @@ async def shell(script: str, **settings: str) -> str:
     return printed.decode()
 
 
-# ---- What can be read off ------------------------------------------------------------
+def listens(port: int) -> bool:
+    """Whether somebody listens on a port."""
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 async def test_what_readme_links_to_is_there() -> None:
@@ -105,9 +109,6 @@ async def test_the_table_of_endpoints_has_them_all() -> None:
     assert {one for one in served if one[0] in ("GET", "POST")} == told
 
 
-# ---- What can be tried ---------------------------------------------------------------
-
-
 async def test_what_is_said_in_the_terminal_is_what_readme_says(tmp_path: Path) -> None:
     recipes.save("pizzeria.py", tmp_path)
     chats = re.findall(r"`\.venv/bin/python (pizz\w+\.py chat.*?)`", README)
@@ -152,9 +153,6 @@ async def test_the_log_says_how_each_turn_went_in_the_words_of_readme(
     assert shape == expected
 
 
-# ---- Running it for real -------------------------------------------------------------
-
-
 async def test_words_and_interruptions_go_through_nginx_at_once(
     caller: Caller, tmp_path: Path
 ) -> None:
@@ -170,7 +168,7 @@ async def test_words_and_interruptions_go_through_nginx_at_once(
     process = await asyncio.create_subprocess_exec(*words)
     try:
         async with asyncio.timeout(20):
-            while not await listens(port):
+            while not listens(port):
                 await asyncio.sleep(0.05)
         caller.url = f"http://127.0.0.1:{port}"
         caller.gemini.scripts = [["Once upon ", forever]]

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import recipes
 from aiohttp import web
-from ports import free_port
+from served import free_port
 
 import test_agent
 from agent import Agent
@@ -76,9 +76,6 @@ async def authorize(caller: Caller, token: str = "", **page: Any) -> tuple[str, 
     return f"{answer.status} {answer.reason}", told
 
 
-# ---- An agent of your own, and what it can override ----------------------------------
-
-
 async def test_two_lines_are_an_agent_and_six_more_a_tool(
     serve: Serve, load: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,9 +124,6 @@ async def test_its_page_gets_prices_and_needs_a_code(serve: Serve, load: Any) ->
         assert refused == "403 The code is on the menu."
     assert not caller.gemini.sessions
     assert (await authorize(caller, metadata={"code": "tonno"}))[0] == "200 OK"
-
-
-# ---- Redis ---------------------------------------------------------------------------
 
 
 class Redis:
@@ -281,9 +275,6 @@ async def test_many_calls_at_once_find_redis_and_have_its_order(redis: Redis) ->
     assert "Redis" not in str(redis.one.log())
 
 
-# ---- Any OpenAI-compatible server ----------------------------------------------------
-
-
 class OpenAI(test_agent.Gemini):
     """An OpenAI-compatible server. In a script, a number is a status, bytes are sent as
     they are, a function is waited for, a dict is a delta, anything else a content."""
@@ -373,9 +364,6 @@ async def test_what_says_nothing_is_asked_twice_unless_it_refuses(
     assert why in str(one.log())
 
 
-# ---- Your log-in ---------------------------------------------------------------------
-
-
 async def test_who_has_logged_in_is_greeted_by_name(serve: Serve, load: Any) -> None:
     login = load("login_agent.py")
     caller = await serve(login.LoginAgent(SETTINGS))
@@ -463,9 +451,6 @@ def test_the_page_sends_its_users_token(status: int, requests: int) -> None:
     assert [json.loads(call) for call in printed] == calls[:requests]
 
 
-# ---- Transcripts, and your own aiohttp application -----------------------------------
-
-
 @pytest.fixture
 def calls(tmp_path: Path) -> Iterator[sqlite3.Connection]:
     """A database to which another program, this one, writes until it commits."""
@@ -501,7 +486,7 @@ async def test_a_locked_database_does_not_hold_up_the_stop(
     process.terminate()
     status, log = await asyncio.wait_for(test_agent.end_of(process), 15)
     await asyncio.gather(told, return_exceptions=True)
-    assert (status, "failed in notice(): CancelledError at transcripts" in log) == (0, True)
+    assert (status, "failed in notice(): it was cut off" in log) == (0, True)
 
 
 async def test_an_application_has_two_agents_and_notices_a_barge_in(begin: Any) -> None:
