@@ -902,7 +902,7 @@ WELL, STORY = f"Well. {APOLOGY}", "Once upon a time."
     (["Well.", CUT], 1, WELL, "ClientPayloadError at "),
     (["Well.", b""], 1, WELL, "the answer broke off"),
     (["Well.", forever], 1, WELL, "TimeoutError: nothing came for 0.3 s"),
-    ([[THOUGHT], [THOUGHT, {"text": STORY}]], 1, STORY, ""),
+    ([[THOUGHT], [THOUGHT, {"text": "\u597d"}]], 1, "\u597d", ""),
     ([chunk("Once ", "STOP"), chunk("upon a time.", "STOP"), b""], 1, STORY, ""),
     ([chunk("", "STOP"), "Once upon a ", chunk("time.", "STOP")], 1, STORY, ""),
     ([chunk(STORY, "MAX_TOKENS"), b""], 1, STORY, ""),
@@ -1040,8 +1040,8 @@ async def test_tools_run_at_once_and_nobody_waits_for_them(serve: Serve) -> None
     (call("blows_up"), "ValueError: secret words ?"),
     (call("quits"), "SystemExit: secret words"),
     (call("is_cancelled"), "CancelledError"),
-    (call("forever"), "It has begun, and may go on."),
-    (call("blocks"), "It has begun, and may go on."),
+    (call("forever"), "may go on. Do not call it again unasked."),
+    (call("blocks"), "may go on. Do not call it again unasked."),
     (call("order", dish=5), "valid string"),
     (call("default_api.bakes"), "no tool"),
 )
@@ -1312,7 +1312,8 @@ if __name__ == "__main__":
 
 async def test_a_chat_shows_what_an_agent_sends_and_adds_to_webhooks(run: Run) -> None:
     ada = '{"custom_metadata": {"name": "Ada"}}'
-    chat = await run("chat", "--event", ada, code=PIZZA, PYTHONIOENCODING="cp1252")
+    odd = {"PYTHONIOENCODING": "cp1252", "http_proxy": "http://127.0.0.1:1"}
+    chat = await run("chat", "--event", ada, code=PIZZA, **odd)
     said, errors = await chat.communicate(b"Fail!\nBye\nnever\n")
     shown = said.decode("cp1252").splitlines()
     assert shown[2:4] == ['[{"size": 9}]', "Hi [31mAda ?"]
@@ -1350,8 +1351,7 @@ async def test_a_start_that_cannot_be_ends_with_one_line(
     url = url_of(await aiohttp_server(app))
     filled = "\n".join([told, *words]).replace("{}", url)
     told, *asked = filled.replace("{port}", url.rpartition(":")[2]).split("\n")
-    settings = {"LAYERCODE_WEBHOOK_SECRET": SECRET}
-    settings |= dict(one.split("=") for one in asked if "=" in one)
+    settings = dict(one.split("=") for one in asked if "=" in one)
     process = await run(*[one for one in asked if "=" not in one], **settings)
     ended, errors = await end_of(process)
     *usage, last = errors.splitlines()

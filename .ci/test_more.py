@@ -99,6 +99,14 @@ async def test_a_method_that_does_not_yield_is_told_by_its_name(serve: Serve) ->
         assert f" failed: Wrong.{method}() must be an async def that yields" in line
 
 
+async def test_what_cannot_be_a_tool_is_told_by_its_name(serve: Serve) -> None:
+    def waits(gate: asyncio.Event) -> None: ...
+
+    caller = await serve(Own(given=[waits]))
+    assert await caller.say("hello") == APOLOGY
+    assert " failed: waits() cannot be a tool" in caller.log()[0]
+
+
 async def test_many_pieces_at_once_keep_nobody_waiting(serve: Serve) -> None:
     caller = await serve(one := Own(*[""] * 20_000, "Done."))
     answer = asyncio.create_task(caller.say("hello"))
