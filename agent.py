@@ -24,7 +24,7 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__":
-    # Ctrl-C ends even the imports without a traceback.
+    # Ctrl-C while it imports: no traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -48,17 +48,12 @@ import sysconfig
 import threading
 import time
 import traceback
+import urllib.request
 from collections.abc import AsyncGenerator as Stream
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
-from urllib.request import (
-    OpenerDirector,
-    ProxyHandler,
-    Request,
-    build_opener,
-    getproxies,
-)
+from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
 
 import aiohttp
 import certifi
@@ -75,28 +70,28 @@ if TYPE_CHECKING:
 log = logging.getLogger("agent")
 # What strangers can cause.
 refusals = logging.getLogger("agent.refusals")
-# Errors with their messages, which may quote a caller.
+# Messages, which may quote a caller.
 details = logging.getLogger("agent.details")
 
 T = TypeVar("T")
-# A JSON object: a webhook, an event for Layercode, a content for Gemini.
+# A JSON object: a webhook, a frame, a content.
 Event = dict[str, Any]
-# What greet() and reply() yield: a str is spoken, an Event is sent as it is.
+# A str is spoken, an Event is sent as it is.
 Speech = Stream[str | Event, None]
-# What Gemini may call: a function, sync or async, with types and a docstring.
+# With types and a docstring, sync or async.
 Tool = Callable[..., Any]
 
-# ---- Limits: in seconds, but for those that begin with MAX ---------------------------
+# ---- Limits: in seconds, but for those that begin with MAX
 
-# For tools in an answer: less than Agent.patience.
+# For tools: less than Agent.patience.
 TOOL_PATIENCE = 5.0
 # For tools until Agent.filler is spoken.
 FILLER_AFTER = 1.2
-# For more after a finish reason: gateways give one with each chunk.
+# For more after a finish reason.
 STREAM_END_PATIENCE = 0.1
 # For Layercode to take a frame.
 WRITE_PATIENCE = 5.0
-# For a store to record what must not hold up a call.
+# For a store to record what cannot wait.
 RECORD_PATIENCE = 2.0
 # For Agent.notice().
 NOTICE_PATIENCE = 30.0
@@ -104,40 +99,40 @@ NOTICE_PATIENCE = 30.0
 BODY_PATIENCE = 5.0
 # For Layercode to authorize a browser.
 AUTHORIZE_PATIENCE = 10.0
-# For calls at a stop. To cut off the rest takes 1 more, and
-# shutdown_timeout twice: less than the 10 of `docker stop`.
+# For calls at a stop. To cut off the rest takes
+# 3 more: `docker stop` waits 10.
 GRACE = 5.0
-# For the age of a signature, as in Layercode's Node SDK 1.2.1.
+# For a signature, as in Layercode's Node SDK.
 TOLERANCE = 300
 # Rounds of tools in an answer.
 MAX_ROUNDS = 5
-# Bytes of a webhook, which may hold a transcript.
+# Bytes of a webhook, with its transcript.
 MAX_BODY = 2**20
-# Bytes of what a page sends: every caller waits while it is parsed.
+# Bytes of what a page sends: parsing blocks all.
 MAX_PAGE = 2**16
-# Lines a second that strangers can write into the log.
+# Lines a second that strangers can log.
 MAX_REFUSALS = 5
-# Turns of a conversation that are kept, and sent to the model.
+# Turns of a conversation, for the model, too.
 MAX_TURNS = 50
 # Conversations that are kept in memory.
 MAX_CONVERSATIONS = 10_000
 
-# For your own runner, too: web.run_app(your_app, **RUNNER_OPTIONS).
+# web.run_app(your_app, **RUNNER_OPTIONS)
 RUNNER_OPTIONS: dict[str, Any] = {
-    # Layercode drops the connection when the caller interrupts.
+    # Layercode hangs up when a caller interrupts.
     "handler_cancellation": True,
     # A stranger's 1 MB can inflate to 1 GB.
     "auto_decompress": False,
-    # Seconds. Longer than nginx's 60 and cloudflared's 90.
+    # Longer than nginx's 60, cloudflared's 90.
     "keepalive_timeout": 120,
-    # Seconds for the rest of a body that was refused.
+    # For the rest of a body that was refused.
     "lingering_time": 2,
-    # Seconds, twice, for requests after Agent.stop().
+    # Twice, for requests after Agent.stop().
     "shutdown_timeout": 1,
     "access_log": None,
 }
 
-# ---- Settings ------------------------------------------------------------------------
+# ---- Settings
 
 
 class SettingsError(ValueError):
@@ -195,7 +190,7 @@ def read_dotenv(file: Path) -> dict[str, str]:
     return variables
 
 
-# ---- The agent: make it yours --------------------------------------------------------
+# ---- The agent: make it yours
 
 
 class Agent:
@@ -214,16 +209,16 @@ class Agent:
         "[interrupted] marks where the caller stopped hearing you; never write it."
     )
     greeting = "Hi there! How can I help you today?"
-    # For callers who come back to a conversation in which they have spoken.
+    # For callers who have spoken before.
     welcome_back = "Welcome back! Where were we?"
-    # For what cannot be understood, and for what fails.
+    # For what is not understood, or fails.
     apology = "Sorry, I didn't get that. Could you say it again?"
-    # For tools that take long while nothing has been said.
+    # For slow tools, if nothing has been said.
     filler = "One moment, please."
-    # Seconds without a next piece of an answer before the caller hears the
-    # apology. Here and below, float("inf") means never.
+    # Seconds of nothing until the apology. Here
+    # and below, float("inf") means never.
     patience = 8.0
-    # Seconds after which a model that has said nothing is asked a second time.
+    # Seconds of nothing until it is asked again.
     ask_again_after = 2.5
 
     http: aiohttp.ClientSession
@@ -234,11 +229,11 @@ class Agent:
         self.settings = Settings.load() if settings is None else settings
         self.histories = Histories() if histories is None else histories
         self.gemini: Gemini | None = None
-        # Replies, notices, tools. asyncio itself does not hold its tasks.
+        # asyncio itself does not hold its tasks.
         self.tasks: set[asyncio.Task[Any]] = set()
-        # By conversation, the reply that came last.
+        # By conversation, its latest reply.
         self.replies: dict[str, asyncio.Task[web.StreamResponse]] = {}
-        # By conversation and turn_id, the tools that Gemini has called.
+        # By conversation and turn_id, its tools.
         self.tools_running: dict[tuple[str, str], asyncio.Task[None]] = {}
         self.is_stopping = False
 
@@ -333,13 +328,13 @@ class Agent:
     async def connected(self, app: web.Application) -> AsyncIterator[None]:
         """Opens `http` and `gemini`, and closes them at the end."""
         trusted = ssl.create_default_context()
-        # Python on a Mac has no authorities of its own.
+        # Python on a Mac has none of its own.
         trusted.load_verify_locations(certifi.where())
         pool = aiohttp.TCPConnector(limit=0, keepalive_timeout=300, ssl=trusted)
-        # Cookies for one visitor must not reach the next.
+        # No visitor gets another's cookies.
         jar = aiohttp.DummyCookieJar()
-        # Left on, it would look into ~/.netrc at each request.
-        has_proxy = bool(getproxies())
+        has_proxy = bool(urllib.request.getproxies())
+        # Left on, it looks into ~/.netrc each time.
         async with aiohttp.ClientSession(
             connector=pool, cookie_jar=jar, trust_env=has_proxy
         ) as self.http:
@@ -377,22 +372,22 @@ def is_cut_off() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-# ---- History -------------------------------------------------------------------------
+# ---- History
 
 
 @dataclasses.dataclass(slots=True)
 class Turn:
     """What the caller said, and what became of the answer."""
 
-    # Empty for a greeting, and where nothing was understood.
+    # Empty for a greeting.
     user: str = ""
-    # The words that were written to Layercode.
+    # What was written to Layercode.
     spoken: str = ""
-    # False while it is spoken, if it was cut off, and if its process died.
+    # False if it was cut off, or goes on.
     finished: bool = False
-    # What was heard of an answer that was interrupted, if Layercode has told.
+    # Of what was interrupted, if it is known.
     heard: str | None = None
-    # The calls of tools and what they gave, as contents for the model.
+    # Tools' calls and results, for the model.
     done: Sequence[Event] = ()
 
     def answer(self) -> str:
@@ -412,7 +407,7 @@ class Histories:
     """
 
     def __init__(self) -> None:
-        # The least recently used conversation comes first.
+        # The least recently used comes first.
         self._conversations: dict[str, dict[str, Turn]] = {}
 
     async def load(self, conversation: str) -> dict[str, Turn]:
@@ -453,7 +448,7 @@ def contents(history: list[Turn]) -> list[Event]:
     return merged
 
 
-# ---- The webhook, and web pages ------------------------------------------------------
+# ---- The webhook, and web pages
 
 
 class Server:
@@ -468,8 +463,8 @@ class Server:
         asked = f"{request.method} {request.path[:60]!r}"
         origin = request.headers.get("Origin", "")
         try:
-            # Bodies in chunks of one byte would keep all callers waiting.
-            # Layercode, browsers and proxies send a Content-Length.
+            # Bodies in chunks of one byte would keep
+            # all callers waiting.
             if "Transfer-Encoding" in request.headers:
                 raise web.HTTPLengthRequired(reason="a Content-Length is needed")
             if origin and not self.is_allowed(origin):
@@ -485,15 +480,15 @@ class Server:
             raise web.HTTPInternalServerError(reason="see the agent's log") from None
         finally:
             if not request.content.is_eof():
-                # What is still to come of the body is not even parsed.
+                # The rest is not even parsed.
                 request.protocol.close()
 
     def is_allowed(self, origin: str) -> bool:
         """Whether pages of an origin may start calls. A * in a setting is any text."""
         allowed = self.agent.settings.allowed_origins.lower().replace(",", " ")
-        # To fnmatch, the [ of an IPv6 address would begin a set of characters.
+        # To fnmatch, the [ of [::1] begins a set.
         patterns = allowed.replace("[", "[[]").split()
-        # Where any port will do, none will, too.
+        # Where any port will do, none will.
         origins = [origin, f"{origin}:"]
         return any(fnmatch.filter(origins, one.rstrip("/")) for one in patterns)
 
@@ -517,19 +512,19 @@ class Server:
         """Answers a webhook: with speech, or with what notice() gives."""
         secret = self.agent.settings.layercode_webhook_secret
         signature = request.headers.get("layercode-signature", "")
-        # Strangers' bodies are not even read: they would take memory.
+        # Strangers' bodies would take memory.
         body = await read_body(request, MAX_BODY) if signed_at(signature) else b""
         if not secret or not verify(signature, body, secret):
             reason = "no right signature: check LAYERCODE_WEBHOOK_SECRET and the clock"
             raise web.HTTPUnauthorized(reason=reason)
         event = parse(body)
-        # In the oldest webhooks, the session is the conversation.
+        # In old webhooks, it is the session.
         event["conversation_id"] = text_of(event, "conversation_id", "session_id")
         kind = text_of(event, "type")
-        # A session.start without a turn_id is a mere notice.
+        # Without a turn_id, it is a mere notice.
         is_start = kind == "session.start" and event.get("turn_id") is not None
         if not is_start and kind not in ("message", "welcome"):
-            # In a task, because Layercode may not wait for the answer.
+            # Layercode may not wait for the answer.
             name = f"conversation={event['conversation_id']!r} {kind!r}"
             return await asyncio.shield(self.agent.start(self.notice(event), name))
         # Arrival decides: nothing waits before the reply is in agent.replies,
@@ -593,14 +588,14 @@ class Server:
             refusal = web.HTTPGatewayTimeout if is_late else web.HTTPBadGateway
             reason = f"Layercode could not be reached: {type(error).__name__}"
             raise refusal(reason=reason) from None
-        # An answer that quotes the request must not show the page the key.
+        # It may quote the request, and so the key.
         body = body.replace(key.encode(), b"***")
         if 200 <= response.status < 300:
             return web.Response(body=body, content_type="application/json")
         reason = f"Layercode answered {response.status}"
         mistakes = {400: web.HTTPBadRequest, 402: web.HTTPPaymentRequired}
         if response.status in mistakes:
-            # The browser SDK shows the page nothing but the reason phrase.
+            # It is all that the browser SDK shows.
             with contextlib.suppress(web.HTTPBadRequest):
                 reason = re.sub(r"[^ -~]+", " ", text_of(parse(body), "error"))[:200]
         raise mistakes.get(response.status, web.HTTPBadGateway)(reason=reason)
@@ -624,27 +619,27 @@ class Reply:
         self.request = request
         self.event = event
         self.key = (event["conversation_id"], text_of(event, "turn_id"))
-        # At the end of the history that reply() gets.
+        # The last one in reply()'s history.
         self.turn = Turn()
         self.is_greeting = event["type"] != "message"
-        # An empty transcript is no error: the caller was not understood.
+        # Without text, nothing was understood.
         if not self.is_greeting and event.get("text") not in ("", None):
             self.turn.user = text_of(event, "text").strip()
-        # What the history is to be told in the end.
+        # For the history, in the end.
         self.facts: Event = {"user": self.turn.user}
         headers = {
             "Content-Type": "text/event-stream",
             "Cache-Control": "no-cache, no-transform",
-            # Keeps nginx from holding the stream back.
+            # Keeps nginx from holding it back.
             "X-Accel-Buffering": "no",
         }
         self.response = web.StreamResponse(headers=headers)
         self.plain = Plain()
-        # Whether anything was sent, be it words or an event.
+        # Whether words, or an event, were sent.
         self.has_answered = False
         self.outcome = "interrupted"
         self.started = time.monotonic()
-        # When words were written, in milliseconds from there.
+        # When words were written, from there.
         self.times: list[str] = []
         name = f"conversation={self.key[0]!r} turn={self.key[1]!r}"
         self.earlier = agent.replies.get(self.key[0])
@@ -657,7 +652,7 @@ class Reply:
             await self.speak()
         connection = self.request.transport
         if self.outcome.startswith("interrupted") and connection is not None:
-            # Layercode may not have hung up yet.
+            # Layercode may not have hung up.
             connection.abort()
         first_word = self.times[0] if self.times else "none"
         figures = (
@@ -666,7 +661,7 @@ class Reply:
         level = logging.WARNING if "failed" in self.outcome else logging.INFO
         log.log(level, "%s %s %s", name_of_task(), self.outcome, figures)
         if self.earlier is not None:
-            # This one may have been cut off while it waited.
+            # This one may not have waited for it.
             await asyncio.wait([self.earlier], timeout=RECORD_PATIENCE)
         if "spoken" in self.facts:
             self.facts |= {"spoken": self.turn.spoken, "finished": self.turn.finished}
@@ -682,16 +677,16 @@ class Reply:
         wait = asyncio.timeout(patience)
         try:
             await self.response.prepare(self.request)
-            # To the caller, a slow store and a silent model are the same.
+            # A slow store is like a silent model.
             async with wait, contextlib.aclosing(await self.begin()) as pieces:
                 async for piece in pieces:
                     if is_cut_off():
                         raise asyncio.CancelledError
                     await self.say(piece)
-                    # However many come at once, others are served in between.
+                    # Others are served in between.
                     await asyncio.sleep(0)
                     wait.reschedule(asyncio.get_running_loop().time() + patience)
-            # Where the greeting is empty, the caller speaks first.
+            # With no greeting, the caller begins.
             if not self.has_answered and not self.is_greeting:
                 raise ModelError("nothing was said")
         except BaseException as error:
@@ -706,7 +701,7 @@ class Reply:
             elif self.agent.is_stopping:
                 outcome = "cut off by the stop"
             else:
-                # It says nothing more, whatever the agent's code raises.
+                # It says nothing more, whatever is raised.
                 raise asyncio.CancelledError from error
         await self.say({"type": "response.end"})
         self.outcome = outcome
@@ -736,11 +731,11 @@ class Reply:
         self.turn.done = known.done
         match self.event.get("interruption_context"):
             case {"previous_turn_interrupted": True, **report}:
-                # Without an id, it is about the latest turn.
+                # Without an id, it is the latest.
                 named = report.get("assistant_turn_id") or next(reversed(turns), "")
                 facts: Event = {"heard": report.get("text_heard")}
                 if not isinstance(facts["heard"], str):
-                    # Nobody knows how much was heard: what was written stands.
+                    # Nobody knows how much was heard.
                     facts = {"finished": False}
                 if named in list(turns):
                     turns[named] = dataclasses.replace(turns[named], **facts)
@@ -756,7 +751,7 @@ class Reply:
         if self.is_greeting:
             method = self.agent.greet
             if self.agent.gemini is not None:
-                # A connection for the first reply opens while the caller listens.
+                # It connects while the caller listens.
                 self.agent.start(self.agent.gemini.warm_up(), name_of_task())
         elif not self.turn.user:
             return say_once(self.agent.apology)
@@ -796,7 +791,7 @@ class Reply:
             if isinstance(error, TimeoutError):
                 self.outcome = "interrupted: Layercode has stopped reading"
             cut_off(self.task)
-            # Here the CancelledError comes.
+            # Here comes the CancelledError.
             await asyncio.sleep(0)
 
     def time(self) -> str:
@@ -861,20 +856,20 @@ def text_of(event: Event, name: str, older_name: str = "") -> str:
     return value
 
 
-# ---- What is read aloud --------------------------------------------------------------
+# ---- What is read aloud
 
 # What would be read aloud, or not understood: Markdown's marks, and the mark
 # of an interruption, which models copy. Arithmetic stays: 2*3, 5 * 3, 2**3.
 MARKS = re.compile(
-    # At the start of a line: a heading, a quotation, a list.
+    # A heading, a quotation, a list.
     r"(?!\A)(?:(?<=\n)[ \t]*(?:#{1,6} |> ?|[-*+] )"
-    # The mark of an interruption; a link, of which the text stays.
+    # [interrupted]; a link, whose text stays.
     r"|\[(?i:interrupted)\]|!?\[(?P<text>[^\[\]\n]*)\]\([^()\s]*\)"
     # Code, bold, emphasis.
     r"|`+|(?<!\d)\*{2,}|\*{2,}(?!\d)|__+"
     r"|(?<![\w*])[*_](?![\s*_])|(?<![\s*_])[*_](?![\w*]))"
 )
-# An end of which only what follows tells whether it is a mark.
+# An end that may be a mark: what follows tells.
 OPEN_END = re.compile(
     r"(?:(?<=\n)[ \t]*(?:#{1,6}|>|[-*+])?|[*_]+"
     r"|\[[^\[\]\n]{0,200}(?:\](?:\([^()\s]{0,200})?)?)\Z"
@@ -884,9 +879,9 @@ OPEN_END = re.compile(
 class Plain:
     """Takes the marks that are not to be read aloud out of words in pieces."""
 
-    # The last character that was taken: whether a mark begins depends on it.
+    # What was taken last: a mark depends on it.
     before = "\n"
-    # What may be the beginning of a mark waits for what follows.
+    # What may be a mark, until more comes.
     held = ""
 
     def add(self, words: str, is_end: bool = False) -> str:
@@ -896,11 +891,11 @@ class Plain:
         self.held = end[0] if end and not is_end else ""
         text = text.removesuffix(self.held)
         self.before = text[-1]
-        # What stood before was spoken already.
+        # What stood before is spoken already.
         return MARKS.sub(r"\g<text>", text)[1:]
 
 
-# ---- The signature -------------------------------------------------------------------
+# ---- The signature
 
 
 def sign(body: bytes, secret: str, timestamp: str = "") -> str:
@@ -924,7 +919,7 @@ def verify(header: str, body: bytes, secret: str) -> bool:
     timestamp = signed_at(header)
     if not timestamp:
         return False
-    # Bytes: compare_digest() refuses to compare a text that is not ASCII.
+    # As bytes: compare_digest() takes no "\xe9".
     right = sign(body, secret, timestamp).encode()
     given = [
         f"t={timestamp},{one}".encode("utf-8", "replace") for one in header.split(",")
@@ -940,7 +935,7 @@ def signed_at(header: str) -> str:
     return found[1]
 
 
-# ---- Asking Gemini -------------------------------------------------------------------
+# ---- Asking Gemini
 
 
 class LoggedError(Exception):
@@ -981,7 +976,7 @@ async def ask_twice(
                 opening.append(piece)
                 if has_words(piece):
                     return opening, request
-                # However many have no words, others are served in between.
+                # Others are served in between.
                 await asyncio.sleep(0)
             raise ModelError("no words")
 
@@ -1016,16 +1011,16 @@ class Gemini:
     """Gemini, by google-genai, with a connection that is open before it is needed."""
 
     def __init__(self, agent: Agent) -> None:
-        # Importing it takes longer than all the rest, so only with a key.
+        # Slow to import, so only with a key.
         from google.genai import Client, errors
 
         self.agent = agent
-        # Left alone, it warns of other keys, and of each part that is no text.
+        # Left alone, it warns of other keys, and of parts that are no text.
         logging.getLogger("google_genai").setLevel("ERROR")
-        # Left alone, it sleeps for seconds and asks again: see ask_twice().
+        # It would retry in seconds: see ask_twice().
         options: Any = {"aiohttp_client": agent.http, "retry_options": {"attempts": 1}}
         key = agent.settings.google_generative_ai_api_key
-        # Left alone, GOOGLE_GENAI_USE_VERTEXAI would send the key elsewhere.
+        # GOOGLE_GENAI_USE_VERTEXAI must not count.
         client = Client(vertexai=False, api_key=key, http_options=options)
         self.models = client.aio.models
         self.model = agent.settings.gemini_model.removeprefix("models/")
@@ -1038,7 +1033,7 @@ class Gemini:
             async with asyncio.timeout(10):
                 await self.models.get(model=self.model)
         except Exception as error:
-            # If the connection fails, the question itself will tell.
+            # Of what else fails, the question tells.
             if isinstance(error, self.error):
                 log.warning("Gemini will refuse to answer: %s", self.explain(error))
 
@@ -1060,7 +1055,7 @@ class Gemini:
             body["systemInstruction"] = {"parts": [{"text": instruction}]}
         options["extra_body"] = body
         request["http_options"] = options
-        # It would ask with the same contents again, and call a function twice.
+        # It would call functions, and some twice.
         request["automatic_function_calling"] = {"disable": True}
         return request
 
@@ -1072,7 +1067,7 @@ class Gemini:
         """
         patience = None
         try:
-            # The contents are in the request.
+            # The request has the contents.
             chunks = await self.models.generate_content_stream(
                 model=self.model, contents={}, config=request
             )
@@ -1130,7 +1125,7 @@ async def let_go(chunks: AsyncIterator[Chunk]) -> None:
         while True:
             async with asyncio.timeout(0):
                 await anext(chunks)
-            # Other callers are served in between.
+            # Others are served in between.
             await asyncio.sleep(0)
 
 
@@ -1148,13 +1143,13 @@ async def stand_in(history: list[Turn]) -> Speech:
     words += "Set GOOGLE_GENERATIVE_AI_API_KEY for Gemini."
     for word in words.split():
         yield f"{word} "
-        # Slowly enough for a person to interrupt.
+        # Slowly enough to interrupt.
         await asyncio.sleep(0.1)
 
 
-# ---- Tools ---------------------------------------------------------------------------
+# ---- Tools
 
-# What Gemini is told of a tool that has not ended.
+# Told of a tool that has not ended.
 HAS_BEGUN = {"output": "It has begun, and may go on. Do not call it again unasked."}
 
 
@@ -1174,11 +1169,11 @@ class Answer:
         self.name = name_of_task()
         self.tools = {tool.__name__: tool for tool in agent.tools(event)}
         self.declared = [declare(tool) for tool in self.tools.values()]
-        # What the history is told of the calls; it has the words elsewhere.
+        # The calls alone, for the history.
         self.recorded = list(self.turn.done)
-        # Whether words were said, or an event of a tool's was sent.
+        # By words, or by a tool's event.
         self.has_answered = False
-        # What tools have for the page, and Layercode.
+        # What tools have for the page.
         self.events: list[Event] = []
         self.hang_ups: list[Event] = []
 
@@ -1207,7 +1202,7 @@ class Answer:
                 if not running.done():
                     yield filler
                     filler = ""
-            # If the caller interrupts here, the tools go on.
+            # An interruption here ends no tool.
             await asyncio.shield(running)
             for event in self.events:
                 yield event
@@ -1226,13 +1221,13 @@ class Answer:
             mode: Any = "AUTO" if rounds_left else "NONE"
             config["tools"] = [{"function_declarations": self.declared}]
             config["tool_config"] = {"function_calling_config": {"mode": mode}}
-        # Words before a call and nothing after it are an answer.
+        # Words before a call are an answer.
         has_words = (lambda chunk: True) if self.has_answered else speaks
         return self.agent.ask(self.history, config, has_words)
 
     async def run(self, parts: list[Part]) -> None:
         """Runs tools to their end, with a record before and after."""
-        # As Gemini sent them, with thought signatures.
+        # With their thought signatures.
         sent = [
             part.model_dump(mode="json", by_alias=True, exclude_none=True)
             for part in parts
@@ -1264,16 +1259,16 @@ class Answer:
             tool = pydantic.validate_call(self.tools[name])
             async with asyncio.timeout(TOOL_PATIENCE):
                 output = await in_thread(lambda: tool(**call.get("args", {})))
-                # An async tool has only been called there.
+                # An async one was only called there.
                 if inspect.isawaitable(output):
                     output = await output
-            # What is no JSON is no fault of the tool's: it has run.
+            # It has run, be that JSON or not.
             options: Any = {"inf_nan_mode": "null", "bytes_mode": "base64"}
             text = to_json(output, fallback=str, **options)
             answer["response"] = {"output": json.loads(text)}
             state = "done"
         except BaseException as error:
-            # Even SystemExit, which would end the server.
+            # SystemExit would end the server.
             log.warning("%s tool %.60r failed: %s", self.name, name, cause(error))
             if not isinstance(error, TimeoutError):
                 why = f"{type(error).__name__}: {error}"
@@ -1317,14 +1312,14 @@ async def in_thread(function: Callable[[], T]) -> T:
     threads, nor the end of Python, which does not wait for daemons.
     """
     outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
-    # From here on nobody can cancel it, so that it may always be set.
+    # Nobody can cancel it from here on.
     outcome.set_running_or_notify_cancel()
 
     def work() -> None:
         try:
             outcome.set_result(function())
         except BaseException as error:
-            # asyncio cannot raise a StopIteration where it is waited for.
+            # asyncio cannot raise StopIteration.
             is_stop = isinstance(error, StopIteration)
             outcome.set_exception(RuntimeError("StopIteration") if is_stop else error)
 
@@ -1332,7 +1327,7 @@ async def in_thread(function: Callable[[], T]) -> T:
     return await asyncio.wrap_future(outcome)
 
 
-# ---- The log -------------------------------------------------------------------------
+# ---- The log
 
 
 def name_of_task() -> str:
@@ -1350,7 +1345,7 @@ def cause(error: BaseException) -> str:
     details.debug("%s", name_of_task(), exc_info=error)
     if isinstance(error, LoggedError):
         return str(error)
-    # The standard library, what is installed, and code that stands in no file.
+    # Python's, what is installed, and no file.
     libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<")
     place = "an unknown place"
     for frame in traceback.extract_tb(error.__traceback__):
@@ -1380,7 +1375,7 @@ class Sparing(logging.Filter):
         return self.lines <= MAX_REFUSALS
 
 
-# ---- The terminal --------------------------------------------------------------------
+# ---- The terminal
 
 # Control characters, but for the line break.
 CONTROLS = dict.fromkeys([*range(10), *range(11, 32), *range(127, 160)])
@@ -1391,7 +1386,7 @@ def chat(agent: Agent, url: str | None, fields: Event) -> None:
 
     Raises SettingsError if that cannot be.
     """
-    # No proxy of the environment's leads to the agent that is served here.
+    # No proxy leads to the agent served here.
     opener = build_opener(ProxyHandler(None if url else {}))
     url = url or serve_beside(agent)
     secret = agent.settings.layercode_webhook_secret
@@ -1417,7 +1412,7 @@ def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event
     try:
         body = json.dumps(event).encode()
         headers = {"layercode-signature": sign(body, secret)}
-        # Seconds for each next part of the answer.
+        # Seconds for each next part.
         with opener.open(Request(url, body, headers), timeout=30) as answer:
             for line in answer:
                 if line.startswith(b"data:"):
@@ -1432,7 +1427,7 @@ def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event
         if "response.end" not in kinds:
             raise ValueError("The answer has no response.end. What does the log say?")
     except KeyboardInterrupt:
-        # The connection is dropped by now, as Layercode does.
+        # It has hung up, as Layercode does.
         told = {"text_heard": heard, "words_heard": len(heard.split())}
         told |= {"assistant_turn_id": event["turn_id"]}
         report = {"interruption_context": {"previous_turn_interrupted": True, **told}}
@@ -1463,7 +1458,7 @@ def serve_beside(agent: Agent) -> str:
         try:
             web.run_app(agent.make_app(), **options, **RUNNER_OPTIONS)
         except BaseException:
-            # This is told before the terminal notices, and ends.
+            # Told before the terminal notices.
             traceback.print_exc()
             listener.close()
 
@@ -1471,7 +1466,7 @@ def serve_beside(agent: Agent) -> str:
     return f"http://127.0.0.1:{listener.getsockname()[1]}/agent"
 
 
-# ---- The command line ----------------------------------------------------------------
+# ---- The command line
 
 
 def serve(agent: Agent) -> None:
@@ -1479,8 +1474,8 @@ def serve(agent: Agent) -> None:
     settings = agent.settings
 
     def when_up(_: str) -> None:
-        # google-genai's 100,000 objects are here to stay: whenever the
-        # collector looked at them, every caller would wait 60 ms.
+        # When the collector looked at google-genai's
+        # 100,000 objects, all would wait 60 ms.
         gc.freeze()
         print(f"Up: http://{settings.host}:{settings.port}")
         missing = {
@@ -1517,8 +1512,8 @@ def serve(agent: Agent) -> None:
     app = agent.make_app()
     app.on_shutdown.insert(0, when_stopped)
     refusals.addFilter(Sparing())
-    # Beside a flood of strangers, a caller who finds aiohttp's own queue of 128
-    # full would try again after a second. Malformed HTTP is refused, too.
+    # Who finds aiohttp's queue of 128 full, beside
+    # a flood, tries again after a second.
     options = {"backlog": 1024, "logger": refusals, **RUNNER_OPTIONS}
     web.run_app(app, sock=listener, print=when_up, **options)
 
@@ -1548,9 +1543,9 @@ def main(agent: type[Agent] = Agent) -> None:
             serve(one)
             return
         if level == "INFO":
-            # A line for each turn would stand between the words.
+            # Turns' lines would be among the words.
             log.setLevel("WARNING")
-        # Whoever chats may read their own words.
+        # Who chats may read their own words.
         details.setLevel("DEBUG")
         chat(one, arguments.url, arguments.event)
     except KeyboardInterrupt:
