@@ -7,6 +7,7 @@ import signal
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -17,18 +18,7 @@ from aiohttp import web
 import agent
 import test_agent
 from agent import Agent, Event, Histories, Turn
-from test_agent import (
-    API_KEY,
-    APOLOGY,
-    OFFLINE,
-    SETTINGS,
-    SURE,
-    Own,
-    Patch,
-    Serve,
-    cases,
-    until,
-)
+from test_agent import APOLOGY, OFFLINE, SETTINGS, SURE, Own, Patch, Serve, cases, until
 
 
 async def test_reply_can_be_called_without_a_server_or_a_key() -> None:
@@ -194,7 +184,8 @@ async def test_visitors_share_no_cookies_and_have_no_need_to_queue(
     )
 
 
-QUOTED = {"text": f'{{"error": "no {API_KEY},\\nn\u00f4r that"}}'}
+KEY = SETTINGS.layercode_api_key
+QUOTED = {"text": f'{{"error": "no {KEY},\\nn\u00f4r that"}}'}
 
 
 @cases(
@@ -211,9 +202,9 @@ async def test_the_page_gets_layercode_s_answer_or_why_there_is_none(
     serve: Serve, answer: Event, limits: Any, told: tuple[int, str]
 ) -> None:
     caller = await serve(Agent(SETTINGS), **limits)
-    caller.gemini.session = {"text": f"{{{API_KEY}}}", **answer}
+    caller.gemini.session = {"text": f"{{{KEY}}}", **answer}
     got = await caller.answer(test_agent.ASKED, "/authorize")
-    assert (got.status, got.reason) == told and API_KEY not in await got.text()
+    assert (got.status, got.reason) == told and KEY not in await got.text()
     assert got.status == 200 or f"{got.status} {got.reason}" in caller.log()[-1]
 
 
@@ -233,9 +224,19 @@ async def test_a_wrong_key_is_told_at_once(serve: Serve, gemini: Any) -> None:
     assert "Gemini will refuse to answer: ClientError 400 " in caller.log()[0]
 
 
-async def test_a_browser_is_shown_that_the_agent_is_up(caller: Any) -> None:
-    async with caller.http.get(caller.url) as response:
-        assert (response.status, await response.text()) == (200, "The agent is up.\n")
+UP = "The agent is up.\n"
+
+
+@cases(UP, "A page.")
+async def test_a_browser_is_shown_the_page_or_that_the_agent_is_up(
+    caller: Any, monkeypatch: Patch, tmp_path: Path, page: str
+) -> None:
+    monkeypatch.setattr(agent, "__file__", str(tmp_path / "agent.py"))
+    if page == "A page.":
+        (tmp_path / "index.html").write_text(page)
+    for method, path, text in (("GET", "", page), ("OPTIONS", "/authorize", UP)):
+        async with caller.http.request(method, caller.url + path) as response:
+            assert (response.status, await response.text()) == (200, text)
     async with caller.http.get(caller.url + "/agent") as response:
         assert (response.status, response.headers["Allow"]) == (405, "POST")
 
