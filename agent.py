@@ -439,12 +439,14 @@ def contents(history: list[Turn]) -> list[Event]:
     for turn in history:
         words = turn.user or "(The caller says nothing.)"
         said = [{"role": "user", "parts": [{"text": words}]}, *turn.done]
-        if turn.answer() and turn is not history[-1]:
-            said.append({"role": "model", "parts": [{"text": turn.answer()}]})
+        answer = "" if turn is history[-1] else turn.answer()
+        if answer:
+            said.append({"role": "model", "parts": [{"text": answer}]})
         for content in said:
-            if not merged or merged[-1]["role"] != content["role"]:
-                merged.append({"role": content["role"], "parts": []})
-            merged[-1]["parts"] += content["parts"]
+            if merged and merged[-1]["role"] == content["role"]:
+                parts = merged.pop()["parts"] + content["parts"]
+                content = {"role": content["role"], "parts": parts}
+            merged.append(content)
     return merged
 
 
@@ -680,7 +682,7 @@ class Reply:
             # A slow store is like a silent model.
             async with wait, contextlib.aclosing(await self.begin()) as pieces:
                 async for piece in pieces:
-                    if is_cut_off():
+                    if self.task.cancelling():
                         raise asyncio.CancelledError
                     await self.say(piece)
                     # Others are served in between.
@@ -891,6 +893,8 @@ class Plain:
         self.held = end[0] if end and not is_end else ""
         text = text.removesuffix(self.held)
         self.before = text[-1]
+        if not any(mark in text for mark in "\n`*_["):
+            return text[1:]
         # What stood before is spoken already.
         return MARKS.sub(r"\g<text>", text)[1:]
 
@@ -1001,10 +1005,13 @@ async def ask_twice(
 
 async def first_to_succeed(tasks: list[asyncio.Task[T]]) -> T:
     """The first result of some tasks. If all fail, raises the last one's error."""
-    for next_one in asyncio.as_completed(tasks):
-        with contextlib.suppress(Exception):
-            return await next_one
-    return await tasks[-1]
+    waiting = set(tasks)
+    while waiting:
+        done, waiting = await asyncio.wait(waiting, return_when="FIRST_COMPLETED")
+        for task in done:
+            if task.exception() is None:
+                return task.result()
+    return tasks[-1].result()
 
 
 class Gemini:
@@ -1073,8 +1080,11 @@ class Gemini:
             )
             try:
                 while True:
-                    async with asyncio.timeout(patience):
+                    if patience is None:
                         chunk = await anext(chunks)
+                    else:
+                        async with asyncio.timeout(patience):
+                            chunk = await anext(chunks)
                     if is_last(chunk):
                         patience = STREAM_END_PATIENCE
                     yield chunk
@@ -1186,8 +1196,9 @@ class Answer:
             async with contextlib.aclosing(self.ask(rounds_left)) as chunks:
                 async for chunk in chunks:
                     parts += chunk.parts or []
-                    words += chunk.text or ""
-                    yield chunk.text or ""
+                    text = chunk.text or ""
+                    words += text
+                    yield text
             self.has_answered = self.has_answered or words.strip() != ""
             calls = [part.function_call for part in parts if part.function_call]
             if not calls or not rounds_left:
