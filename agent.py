@@ -572,10 +572,11 @@ class Server:
         """Layercode's answer to a request for a session, for the page."""
         key = self.agent.settings.layercode_api_key
         api = self.agent.settings.layercode_api_url.rstrip("/")
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         asking = self.agent.http.post(
             f"{api}/v1/agents/web/authorize_session",
-            json=session,
-            headers={"Authorization": f"Bearer {key}"},
+            data=json.dumps(session),
+            headers=headers,
             allow_redirects=False,
         )
         body = b""
@@ -835,10 +836,10 @@ def parse(body: bytes) -> Event:
     """The JSON object in a body. Raises HTTPBadRequest if there is none."""
     event: object = None
     with contextlib.suppress(ValueError, RecursionError):
-        event = json.loads(body)
+        given = json.loads(body)
         # What is nested too deeply, NaN and halves of characters, such as
         # \ud83d of an emoji that was cut, could not be passed on.
-        text = json.dumps(event, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(given, ensure_ascii=False, allow_nan=False)
         event = json.loads(clean(text))
     if not isinstance(event, dict):
         raise web.HTTPBadRequest(reason="the body is not a JSON object")

@@ -208,6 +208,16 @@ async def test_the_page_gets_layercode_s_answer_or_why_there_is_none(
     assert got.status == 200 or f"{got.status} {got.reason}" in caller.log()[-1]
 
 
+async def test_metadata_that_cannot_be_passed_on_is_no_fault_of_ours(
+    caller: Any,
+) -> None:
+    depths = [b"[" * depth + b"]" * depth for depth in range(940, 1_000)]
+    for metadata in (b"NaN", *depths):
+        page = b'{"agent_id": "a", "metadata": %b}' % metadata
+        status, _ = await caller.status(page, "/authorize")
+        assert status != 500 and (status == 400 or b"NaN" not in metadata)
+
+
 async def test_certifi_s_authorities_are_known(monkeypatch: Patch) -> None:
     monkeypatch.setattr(certifi, "where", lambda: "nowhere.pem")
     with pytest.raises(FileNotFoundError):
