@@ -1492,7 +1492,7 @@ def serve(agent: Agent) -> None:
         print(f"Up: http://{settings.host}:{settings.port}")
         missing = {
             "layercode_webhook_secret": "every webhook will be refused",
-            "google_generative_ai_api_key": "a stand-in will reply",
+            "google_generative_ai_api_key": "a stand-in, or your reply(), will answer",
             "layercode_api_key": "no browser can be authorized",
         }
         for name, why in missing.items():
@@ -1519,7 +1519,8 @@ def serve(agent: Agent) -> None:
         listener = socket.create_server((settings.host, settings.port), family=family)
     except (OSError, OverflowError, UnicodeError) as error:
         address = f"HOST={settings.host} PORT={settings.port}"
-        why = f"cannot be listened on: {error}. Is the agent running already?"
+        hint = ". Is the agent running already?" if "in use" in str(error) else ""
+        why = f"cannot be listened on: {error}{hint}"
         raise SettingsError(f"{address} {why}") from None
     app = agent.make_app()
     app.on_shutdown.insert(0, when_stopped)
