@@ -1396,7 +1396,7 @@ async def test_it_serves_this_machine_only_and_says_what_is_not_configured(
     process = await run(PORT=str(unused_tcp_port), LAYERCODE_API_KEY=API_KEY)
     said = await printed(process, f"http://localhost:{unused_tcp_port}\n")
     assert said.startswith(f"Up: http://127.0.0.1:{unused_tcp_port}\n")
-    assert "LAYERCODE_WEBHOOK_SECRET is not set" in said and "stand-in, or your reply()" in said
+    assert "LAYERCODE_WEBHOOK_SECRET is not set" in said and "or your reply()" in said
     assert API_KEY not in said and "may start calls: override admit()" in said
     with pytest.raises(ConnectionError):
         socket.create_connection(("127.0.0.2", unused_tcp_port))

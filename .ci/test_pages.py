@@ -340,7 +340,7 @@ def test_in_firefox_the_first_key_interrupts(browser: Browser, pizza: str) -> No
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_no_other_page_gets_anything(method: str, pizza: str) -> None:
     ours = pizza.removeprefix("http://")
-    theirs = ours.replace("127.0.0.1", "evil.example")
+    theirs = ours.replace("127.0.0.1", "localhost.evil.example")
     pages = [(ours, "null"), (ours, "http://localhost:8000"), (ours, f"https://{ours}")]
     for host, origin in [*pages, (theirs, f"http://{theirs}"), (theirs, pizza)]:
         server = http.client.HTTPConnection(ours)
