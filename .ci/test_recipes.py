@@ -113,10 +113,11 @@ async def test_a_pizzeria_greets_shows_a_menu_hangs_up(serve: Serve, load: Any) 
 
 async def test_its_page_gets_prices_and_needs_a_code(serve: Serve, load: Any) -> None:
     caller = await serve(load("pizzeria.py").Pizzeria(SETTINGS))
-    data = caller.event(type="data", data={"pizza": "salami"})
-    shown = {"type": "response.data", "content": {"price": 11}}
-    for event, answer in ((data, shown), (caller.event(type="session.end"), {})):
-        assert await (await caller.answer(event)).json() == answer
+    for pizza, price in (("salami", 11), ("tuna", None)):
+        data = await caller.answer(caller.event(type="data", data={"pizza": pizza}))
+        shown = {"type": "response.data", "content": {"price": price}}
+        assert await data.json() == shown
+    assert await (await caller.answer(caller.event(type="session.end"))).json() == {}
     async with caller.http.get(f"{caller.url}/menu") as menu:
         assert await menu.json() == {"margherita": 9, "salami": 11}
     for metadata in (None, {}, {"code": "funghi"}, "tonno"):
@@ -222,7 +223,6 @@ async def test_while_it_is_gone_calls_go_on_and_are_told_later(redis: Redis) -> 
     assert await redis.other.say("Three") == "Well, yes."
     assert await redis.other.say("Four") == SURE
     assert "goes on without Redis: ConnectionError" in str(redis.one.log())
-    # It comes back with nothing in it.
     redis.start()
     await redis.other.say("Five")
     await redis.one.say("Six")
@@ -263,7 +263,6 @@ async def test_many_calls_at_once_find_redis_and_have_its_order(redis: Redis) ->
         facts = [one.record(name, "1", user="Hi") for name in ["0", *names]]
         await asyncio.gather(*facts)
     one.away_until = float("inf")
-    # It knows the last thousand of them by itself.
     known = [name for name in ("0", "1", "200", "250") if await one.load(name)]
     assert known == ["0", "250"]
     await one.record("0", "missed", user="Hi")
@@ -366,6 +365,7 @@ async def test_what_says_nothing_is_asked_twice_unless_it_refuses(
 
 async def test_who_has_logged_in_is_greeted_by_name(serve: Serve, load: Any) -> None:
     login = load("login_agent.py")
+    login.LoginAgent.welcome_back = "Welcome back, {name}! {What} now?"
     caller = await serve(login.LoginAgent(SETTINGS))
     token = login.make_token("u1", "Zoë O. Byrne", SECRET)
     forged = {"custom_metadata": {"name": "Mallory"}}
@@ -374,7 +374,7 @@ async def test_who_has_logged_in_is_greeted_by_name(serve: Serve, load: Any) -> 
     assert caller.gemini.sessions == [{"agent_id": "a", **known}]
     assert await caller.say(**known) == "Hi Zoë O. Byrne! How can I help you today?"
     await caller.say("Hello.")
-    assert (await caller.say(**known)).startswith("Welcome back, Zoë O. Byrne!")
+    assert await caller.say(**known) == "Welcome back, Zoë O. Byrne! {What} now?"
     assert (await caller.another().say()).startswith("Hi there!")
     async with caller.http.get(caller.url) as shown:
         assert await shown.text() == "The agent is up.\n"
