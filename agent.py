@@ -99,6 +99,8 @@ NOTICE_PATIENCE = 30.0
 BODY_PATIENCE = 5.0
 # For Layercode to authorize a browser.
 AUTHORIZE_PATIENCE = 10.0
+# For each next part of an answer in `chat`.
+CHAT_PATIENCE = 30.0
 # For calls at a stop. To cut off the rest takes
 # 3 more: `docker stop` waits 10.
 GRACE = 5.0
@@ -1424,8 +1426,8 @@ def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event
     try:
         body = json.dumps(event).encode()
         headers = {"layercode-signature": sign(body, secret)}
-        # Seconds for each next part.
-        with opener.open(Request(url, body, headers), timeout=30) as answer:
+        request = Request(url, body, headers)
+        with opener.open(request, timeout=CHAT_PATIENCE) as answer:
             for line in answer:
                 if line.startswith(b"data:"):
                     frame = json.loads(line.removeprefix(b"data:"))

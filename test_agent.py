@@ -506,7 +506,7 @@ async def end_of(process: Process) -> tuple[int | None, str]:
 LIMITS = """
 TOOL_PATIENCE 5, FILLER_AFTER 1.2, MAX_ROUNDS 5, STREAM_END_PATIENCE 0.1, GRACE 5,
 WRITE_PATIENCE 5, RECORD_PATIENCE 2, NOTICE_PATIENCE 30, BODY_PATIENCE 5, MAX_TURNS 50,
-AUTHORIZE_PATIENCE 10, TOLERANCE 300, MAX_CONVERSATIONS 10000"""
+AUTHORIZE_PATIENCE 10, TOLERANCE 300, MAX_CONVERSATIONS 10000, CHAT_PATIENCE 30"""
 OPTIONS = {"handler_cancellation": True, "auto_decompress": False, "access_log": None}
 WAITS = {"keepalive_timeout": 120, "lingering_time": 2, "shutdown_timeout": 1}
 

@@ -132,13 +132,6 @@ async def cuts_of_delays(server: Served) -> list[float]:
     return quantiles([1000 * delay for one in heard for delay in one.delays], n=100)
 
 
-async def bytes_in_use(agent: Served) -> int:
-    """How many bytes an agent uses for what is going on."""
-    # By then, connections that were closed are closed there, too.
-    await asyncio.sleep(0.5)
-    return agent.tell()[1]
-
-
 async def measure(editions: list[str]) -> None:
     """Measures the floor and the agents, which take turns."""
     programs = [("agent.py", SERVE_FLOOR), *[(one, SERVE) for one in editions]]
@@ -172,22 +165,6 @@ async def measure(editions: list[str]) -> None:
         for name, at in (("p50 (<= 1.2)", 49), ("p99 (<= 1.5)", 98)):
             times = [[each[at] for each in time] for time in cuts]
             show_ratios(f"ms added to a chunk, {name}", times)
-        turns, streams = [1024.0], [100.0]
-        for agent in servers[1:]:
-            answer = replace(answer, pace=0, finish="STOP")
-            empty = await bytes_in_use(agent)
-            await crowd(agent.port, 20, 25)
-            talked = await bytes_in_use(agent)
-            answer = replace(answer, finish="")
-            speaking = asyncio.create_task(crowd(agent.port, 200, 1))
-            # Time enough for the words of all of them; they then go on for a minute.
-            await asyncio.sleep(3)
-            live = await bytes_in_use(agent)
-            speaking.cancel()
-            turns.append((talked - empty) / 500)
-            streams.append((live - talked) / 200 / 1024)
-        show_ratios("bytes of a turn (<= 1)", [turns])
-        show_ratios("KiB of a live stream (<= 1)", [streams])
 
 
 def main() -> None:

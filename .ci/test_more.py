@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -247,6 +248,16 @@ async def test_a_browser_is_shown_the_page_or_that_the_agent_is_up(
             assert (response.status, await response.text()) == (200, text)
     async with caller.http.get(caller.url + "/agent") as response:
         assert (response.status, response.headers["Allow"]) == (405, "POST")
+
+
+async def test_a_chat_is_served_to_this_machine_alone(run: Any) -> None:
+    code = "import agent; print(agent.serve_beside(agent.Agent())); input()"
+    process = await run(code=code)
+    url = await test_agent.printed(process, "/agent\n")
+    port = int(url.rpartition(":")[2].partition("/")[0])
+    socket.create_connection(("127.0.0.1", port)).close()
+    with pytest.raises(ConnectionError):
+        socket.create_connection(("127.0.0.2", port))
 
 
 @cases(0.15, 0.2, 0.3)

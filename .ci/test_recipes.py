@@ -459,12 +459,13 @@ def calls(tmp_path: Path) -> Iterator[sqlite3.Connection]:
 async def test_each_transcript_is_kept_once_although_the_database_was_locked(
     serve: Serve, load: Any, calls: sqlite3.Connection
 ) -> None:
-    caller = await serve(load("transcripts.py").TranscriptsAgent(SETTINGS))
+    recipe = load("transcripts.py")
+    caller = await serve(recipe.TranscriptsAgent(SETTINGS))
     end, other = [caller.event(type="session.end", transcript=[1]) for _ in range(2)]
     again = [end, dict(reversed(end.items()))] * 20
     told = [asyncio.create_task(caller.answer(event)) for event in again]
     assert await caller.say("Still there?") == SURE
-    assert not any(one.done() for one in told)
+    assert recipe.PATIENCE == 25 and not any(one.done() for one in told)
     calls.execute("COMMIT")
     assert {one.status for one in await asyncio.gather(*told)} == {200}
     for event in (other, *[caller.event(type=it) for it in ("data", "session.update")]):
@@ -485,7 +486,11 @@ async def test_a_locked_database_does_not_hold_up_the_stop(
     assert (status, "failed in notice(): it was cut off" in log) == (0, True)
 
 
-async def test_an_application_has_two_agents_and_notices_a_barge_in(begin: Any) -> None:
+async def test_an_application_has_two_agents_and_barge_ins(
+    begin: Any, load: Any
+) -> None:
+    with pytest.raises(KeyError, match="PIZZA_SECRET"):
+        load("own_app.py").make_app()
     process, caller = await begin("own_app.py")
     pizza = replace(caller, url=f"{caller.url}/pizza")
     roses = replace(caller, url=f"{caller.url}/roses", secret="another secret")
