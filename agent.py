@@ -91,7 +91,7 @@ FILLER_AFTER = 1.2
 STREAM_END_PATIENCE = 0.1
 # For Layercode to take a frame.
 WRITE_PATIENCE = 5.0
-# For a store to record what cannot wait.
+# For a store that a call does not wait for.
 RECORD_PATIENCE = 2.0
 # For Agent.notice().
 NOTICE_PATIENCE = 30.0
@@ -492,7 +492,7 @@ class Server:
         allowed = self.agent.settings.allowed_origins.lower().replace(",", " ")
         # To fnmatch, the [ of [::1] begins a set.
         patterns = allowed.replace("[", "[[]").split()
-        # Where any port will do, none will.
+        # A :* holds without a port, too.
         origins = [origin, f"{origin}:"]
         return any(fnmatch.filter(origins, one.rstrip("/")) for one in patterns)
 
@@ -516,7 +516,7 @@ class Server:
         """Answers a webhook: with speech, or with what notice() gives."""
         secret = self.agent.settings.layercode_webhook_secret
         signature = request.headers.get("layercode-signature", "")
-        # Strangers' bodies would take memory.
+        # Strangers' bodies are not read.
         body = await read_body(request, MAX_BODY) if signed_at(signature) else b""
         if not secret or not verify(signature, body, secret):
             reason = "no right signature: check LAYERCODE_WEBHOOK_SECRET and the clock"
@@ -644,7 +644,7 @@ class Reply:
         self.has_answered = False
         self.outcome = "interrupted"
         self.started = time.monotonic()
-        # When words were written, from there.
+        # The times at which words were written.
         self.times: list[str] = []
         name = f"conversation={self.key[0]!r} turn={self.key[1]!r}"
         self.earlier = agent.replies.get(self.key[0])
@@ -929,7 +929,7 @@ def verify(header: str, body: bytes, secret: str) -> bool:
     # As bytes: compare_digest() takes no "\xe9".
     right = sign(body, secret, timestamp).encode()
     given = [
-        f"t={timestamp},{one}".encode("utf-8", "replace") for one in header.split(",")
+        f"t={timestamp},{one}".encode(errors="replace") for one in header.split(",")
     ]
     return any(hmac.compare_digest(right, one) for one in given)
 
@@ -1162,7 +1162,7 @@ async def stand_in(history: list[Turn]) -> Speech:
 
 # ---- Tools
 
-# Told of a tool that has not ended.
+# What Gemini is told of a tool that runs.
 HAS_BEGUN = {"output": "It has begun, and may go on. Do not call it again unasked."}
 
 
@@ -1276,7 +1276,7 @@ class Answer:
                 # An async one was only called there.
                 if inspect.isawaitable(output):
                     output = await output
-            # It has run, be that JSON or not.
+            # What is no JSON is told as well as can be.
             options: Any = {"inf_nan_mode": "null", "bytes_mode": "base64"}
             text = to_json(output, fallback=str, **options)
             answer["response"] = {"output": json.loads(text)}

@@ -93,9 +93,13 @@ async def test_a_method_that_does_not_yield_is_told_by_its_name(serve: Serve) ->
 async def test_what_cannot_be_a_tool_is_told_by_its_name(serve: Serve) -> None:
     def waits(gate: asyncio.Event) -> None: ...
 
-    caller = await serve(Own(given=[waits]))
+    def counts(number: int, /) -> None: ...
+
+    caller = await serve(one := Own(given=[waits]))
     assert await caller.say("hello") == APOLOGY
     assert " failed: waits() cannot be a tool" in caller.log()[0]
+    one.given = [counts]
+    assert await caller.say("hello") == SURE
 
 
 async def test_many_pieces_at_once_keep_nobody_waiting(serve: Serve) -> None:
