@@ -53,7 +53,7 @@ from collections.abc import AsyncGenerator as Stream
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
-from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
+from weakref import WeakValueDictionary
 
 import aiohttp
 import certifi
@@ -61,16 +61,15 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 if TYPE_CHECKING:
-    from google.genai.errors import APIError
-    from google.genai.types import FunctionDeclarationDict as Declaration
+    from google.genai import errors, types
     from google.genai.types import GenerateContentConfigDict as Config
     from google.genai.types import GenerateContentResponse as Chunk
-    from google.genai.types import Part
+
+    Chunks = Stream[Chunk, None]
 
 log = logging.getLogger("agent")
 # What strangers can cause.
 refusals = logging.getLogger("agent.refusals")
-# Messages, which may quote a caller.
 details = logging.getLogger("agent.details")
 
 T = TypeVar("T")
@@ -80,24 +79,21 @@ Event = dict[str, Any]
 Speech = Stream[str | Event, None]
 # With types and a docstring, sync or async.
 Tool = Callable[..., Any]
+# Forgets a task that is over.
+Running = WeakValueDictionary[Any, asyncio.Task[Any]]
 
 # ---- Limits: in seconds, but for those that begin with MAX
 
-# For tools: less than Agent.patience.
+# Less than Agent.patience.
 TOOL_PATIENCE = 5.0
-# For tools until Agent.filler is spoken.
+# Until Agent.filler is spoken.
 FILLER_AFTER = 1.2
 # For more after a finish reason.
 STREAM_END_PATIENCE = 0.1
-# For Layercode to take a frame.
-WRITE_PATIENCE = 5.0
 # For a store that a call does not wait for.
 RECORD_PATIENCE = 2.0
-# For Agent.notice().
 NOTICE_PATIENCE = 30.0
-# For a request's body.
 BODY_PATIENCE = 5.0
-# For Layercode to authorize a browser.
 AUTHORIZE_PATIENCE = 10.0
 # For each next part of an answer in `chat`.
 CHAT_PATIENCE = 30.0
@@ -112,11 +108,9 @@ MAX_ROUNDS = 5
 MAX_BODY = 2**20
 # Bytes of what a page sends: parsing blocks all.
 MAX_PAGE = 2**16
-# Lines a second that strangers can log.
-MAX_REFUSALS = 5
 # Turns of a conversation, for the model, too.
 MAX_TURNS = 50
-# Conversations that are kept in memory.
+# Conversations in memory.
 MAX_CONVERSATIONS = 10_000
 
 # web.run_app(your_app, **RUNNER_OPTIONS)
@@ -134,9 +128,8 @@ RUNNER_OPTIONS: dict[str, Any] = {
     "access_log": None,
 }
 
+
 # ---- Settings
-
-
 class SettingsError(ValueError):
     """A setting, or a URL to chat with, is wrong; the message names it."""
 
@@ -145,8 +138,8 @@ class SettingsError(ValueError):
 class Settings:
     """The variables of .env.example, each as a field of the same name.
 
-    A subclass with more fields has more settings, each a text or a number, as
-    its default is: give what its load() returns to Agent.__init__().
+    A subclass with more fields has more settings, each a text or a number:
+    give what its load() returns to Agent.__init__().
     """
 
     layercode_webhook_secret: str = dataclasses.field(default="", repr=False)
@@ -167,10 +160,10 @@ class Settings:
         given = read_dotenv(Path(__file__).with_name(".env")) | dict(os.environ)
         values = dataclasses.asdict(cls())
         for name, default in values.items():
-            text = given.get(name.upper(), "").strip()
+            # A variable that is empty has its default.
+            text = given.get(name.upper(), "").strip() or default
             try:
-                # A variable that is empty has its default.
-                values[name] = type(default)(text or default)
+                values[name] = type(default)(text)
             except ValueError:
                 raise SettingsError(f"{name.upper()}={text} is not a number") from None
         return cls(**values)
@@ -178,11 +171,11 @@ class Settings:
 
 def read_dotenv(file: Path) -> dict[str, str]:
     """The lines of NAME=value in a .env file, if there is one. Raises SettingsError."""
-    variables = {}
     try:
         lines = file.read_text("utf-8-sig").splitlines() if file.is_file() else []
     except (OSError, ValueError) as error:
         raise SettingsError(f"{file} cannot be read as UTF-8: {error}") from None
+    variables = {}
     for line in lines:
         name, _, value = line.strip().removeprefix("export ").partition("=")
         quoted = re.match(r"""\s*(["'])(.*?)\1""", value)
@@ -193,14 +186,11 @@ def read_dotenv(file: Path) -> dict[str, str]:
 
 
 # ---- The agent: make it yours
-
-
 class Agent:
-    """A voice agent. Make it yours in a subclass: override its words and its methods.
+    """A voice agent: override its words and its methods in a subclass.
 
-    `settings` and `histories` are what it was made with. While it serves,
-    `http` is an aiohttp session for your own requests, and `gemini` is set if
-    there is a key.
+    While it serves, `http` is an aiohttp session for your own requests, and
+    `gemini` is set if there is a key.
     """
 
     persona = "You're a friendly voice assistant on a call."
@@ -224,27 +214,26 @@ class Agent:
     ask_again_after = 2.5
 
     http: aiohttp.ClientSession
+    gemini: Gemini | None = None
 
     def __init__(
         self, settings: Settings | None = None, histories: Histories | None = None
     ) -> None:
-        self.settings = Settings.load() if settings is None else settings
+        self.settings = settings or Settings.load()
         self.histories = Histories() if histories is None else histories
-        self.gemini: Gemini | None = None
         # asyncio itself does not hold its tasks.
         self.tasks: set[asyncio.Task[Any]] = set()
         # By conversation, its latest reply.
-        self.replies: dict[str, asyncio.Task[web.StreamResponse]] = {}
+        self.replies = Running()
         # By conversation and turn_id, its tools.
-        self.tools_running: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self.tools_running = Running()
         self.is_stopping = False
 
     async def greet(self, event: Event, history: list[Turn]) -> Speech:
         """Yields what is said when a call begins; if nothing, the caller speaks first.
 
         `event` is the webhook, with your custom_metadata, the page's metadata,
-        or the caller's from_phone_number. `history` ends with this turn, still
-        without words.
+        or a from_phone_number. `history` ends with this turn, without words.
         """
         has_spoken = any(turn.user for turn in history)
         yield self.welcome_back if has_spoken else self.greeting
@@ -260,14 +249,14 @@ class Agent:
         """
         if self.gemini is None:
             return stand_in(history)
-        return Answer(self, event, history).speak()
+        return Answer(self.gemini, event, history).speak()
 
     def tools(self, event: Event) -> Sequence[Tool]:
         """The functions that Gemini may call while it answers a webhook.
 
-        It is told their names, docstrings and parameters, and what they
-        return. A sync one runs in a thread, an async one must not block; they
-        have TOOL_PATIENCE seconds, and go on when the caller interrupts.
+        It is told their names, docstrings and types, and what they return. A
+        sync one runs in a thread, an async one must not block; they have
+        TOOL_PATIENCE seconds, and go on when the caller interrupts. A dict
         {"type": "response.data", "content": ...} goes to the page as well, and
         {"type": "response.hangup"} ends the call after the last word.
         """
@@ -276,42 +265,31 @@ class Agent:
     async def notice(self, event: Event) -> Event | None:
         """Takes a webhook that asks for no speech, within NOTICE_PATIENCE seconds.
 
-        That is `data`, `session.update`, `session.end`, a `session.start`
-        without a turn_id, or a type not known yet; it may come twice. What is
-        returned is the answer; one of type response.data goes to the page.
+        That is `data`, `session.update`, `session.end`, or a type not known
+        yet; it may come twice. Returns the answer: one of type response.data
+        goes to the page.
         """
         return None
 
     async def admit(self, request: web.Request, session: Event) -> object:
         """Decides who may call: raise web.HTTPForbidden(reason="...") to refuse.
 
-        `session` is what Layercode will be told; of the page's own words it
-        has only agent_id, conversation_id, metadata and sdk_version. Add
-        custom_metadata, which comes with every webhook of the call,
-        custom_headers, or config: visitors cannot. Whatever is returned, other
-        than None, refuses as well.
+        `session` is what Layercode will be told: the page's agent_id,
+        conversation_id, metadata and sdk_version. Add custom_metadata, which
+        comes with every webhook of the call, custom_headers, or config:
+        visitors cannot. To return anything but None refuses as well.
         """
         return None
 
-    def ask(
-        self,
-        history: list[Turn],
-        config: Config | None = None,
-        has_words: Callable[[Chunk], bool] | None = None,
-    ) -> Stream[Chunk, None]:
+    def ask(self, history: list[Turn], config: Config | None = None) -> Chunks:
         """Gemini's answer to the last turn of the history, as google-genai's chunks.
 
-        `config` is google-genai's, and goes before the defaults here, but
-        functions in it are never called: see tools(). For has_words(), see
-        ask_twice(). Use it with contextlib.aclosing(), so that a hang-up ends
-        it. Raises ModelError, aiohttp's errors, and RuntimeError without a key.
+        `config` goes before the defaults here, but its functions are never
+        called: see tools(). Use it with contextlib.aclosing(), so that a
+        hang-up ends it. Raises ModelError and aiohttp's errors.
         """
-        gemini = self.gemini
-        if gemini is None:
-            raise RuntimeError("GOOGLE_GENERATIVE_AI_API_KEY is not set")
-        request = gemini.request(history, config or {})
-        after = self.ask_again_after
-        return ask_twice(lambda: gemini.ask(request), has_words or speaks, after)
+        assert self.gemini is not None, "GOOGLE_GENERATIVE_AI_API_KEY is not set"
+        return self.gemini.ask(history, config or {}, speaks)
 
     def make_app(self) -> web.Application:
         """The aiohttp application, to run with RUNNER_OPTIONS, or to mount."""
@@ -332,22 +310,21 @@ class Agent:
         trusted = ssl.create_default_context()
         # Python on a Mac has none of its own.
         trusted.load_verify_locations(certifi.where())
-        pool = aiohttp.TCPConnector(limit=0, keepalive_timeout=300, ssl=trusted)
-        # No visitor gets another's cookies.
-        jar = aiohttp.DummyCookieJar()
-        has_proxy = bool(urllib.request.getproxies())
-        # Left on, it looks into ~/.netrc each time.
         async with aiohttp.ClientSession(
-            connector=pool, cookie_jar=jar, trust_env=has_proxy
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=300, ssl=trusted),
+            # No visitor gets another's cookies.
+            cookie_jar=aiohttp.DummyCookieJar(),
+            # Left on, it looks into ~/.netrc each time.
+            trust_env=bool(urllib.request.getproxies()),
         ) as self.http:
             if self.settings.google_generative_ai_api_key:
                 self.gemini = Gemini(self)
-                self.start(self.gemini.warm_up(), "at the start")
+                self.start(self.gemini.warm_up())
             yield
 
-    def start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-        """Starts some work in a task of its own, which has the log's name for it."""
-        task = asyncio.create_task(work, name=name)
+    def start(self, work: Coroutine[Any, Any, T], name: str = "") -> asyncio.Task[T]:
+        """Starts a task, with the log's name for it, or that of what starts it."""
+        task = asyncio.create_task(work, name=name or name_of_task())
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
@@ -368,15 +345,7 @@ def cut_off(*tasks: asyncio.Task[Any]) -> None:
             task.cancel()
 
 
-def is_cut_off() -> bool:
-    """Whether this task was cancelled: a CancelledError may come from another."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
 # ---- History
-
-
 @dataclasses.dataclass(slots=True)
 class Turn:
     """What the caller said, and what became of the answer."""
@@ -395,17 +364,16 @@ class Turn:
     def answer(self) -> str:
         """The answer for the model: what the caller heard, as far as is known."""
         words = self.spoken if self.heard is None else self.heard
-        is_cut = self.heard is not None or not self.finished
-        mark = " [interrupted]" if is_cut and (words or self.done) else ""
-        return f"{words}{mark}".lstrip()
+        if self.finished and self.heard is None:
+            return words.lstrip()
+        return f"{words} [interrupted]".lstrip() if words or self.done else ""
 
 
 class Histories:
     """What was said in each conversation, in memory.
 
-    A store of your own overrides both methods; load() must show what was
-    recorded before. If they fail before an answer, the caller hears the
-    apology; later, only the log tells.
+    A store of your own overrides both methods. If they fail before an answer,
+    the caller hears the apology; later, only the log tells.
     """
 
     def __init__(self) -> None:
@@ -439,22 +407,18 @@ def contents(history: list[Turn]) -> list[Event]:
     """
     merged: list[Event] = []
     for turn in history:
-        words = turn.user or "(The caller says nothing.)"
-        said = [{"role": "user", "parts": [{"text": words}]}, *turn.done]
+        parts = [{"text": turn.user or "(The caller says nothing.)"}]
+        # The turn before may have no answer.
+        if merged and merged[-1]["role"] == "user":
+            parts = merged.pop()["parts"] + parts
+        merged += [{"role": "user", "parts": parts}, *turn.done]
         answer = "" if turn is history[-1] else turn.answer()
         if answer:
-            said.append({"role": "model", "parts": [{"text": answer}]})
-        for content in said:
-            if merged and merged[-1]["role"] == content["role"]:
-                parts = merged.pop()["parts"] + content["parts"]
-                content = {"role": content["role"], "parts": parts}
-            merged.append(content)
+            merged.append({"role": "model", "parts": [{"text": answer}]})
     return merged
 
 
 # ---- The webhook, and web pages
-
-
 class Server:
     """Answers webhooks and web pages for an agent, and turns strangers away."""
 
@@ -467,8 +431,7 @@ class Server:
         asked = f"{request.method} {request.path[:60]!r}"
         origin = request.headers.get("Origin", "")
         try:
-            # Bodies in chunks of one byte would keep
-            # all callers waiting.
+            # Chunks of one byte would keep all waiting.
             if "Transfer-Encoding" in request.headers:
                 raise web.HTTPLengthRequired(reason="a Content-Length is needed")
             if origin and not self.is_allowed(origin):
@@ -518,7 +481,7 @@ class Server:
         signature = request.headers.get("layercode-signature", "")
         # Strangers' bodies are not read.
         body = await read_body(request, MAX_BODY) if signed_at(signature) else b""
-        if not secret or not verify(signature, body, secret):
+        if not verify(signature, body, secret):
             reason = "no right signature: check LAYERCODE_WEBHOOK_SECRET and the clock"
             raise web.HTTPUnauthorized(reason=reason)
         event = parse(body)
@@ -531,8 +494,8 @@ class Server:
             # Layercode may not wait for the answer.
             name = f"conversation={event['conversation_id']!r} {kind!r}"
             return await asyncio.shield(self.agent.start(self.notice(event), name))
-        # Arrival decides: nothing waits before the reply is in agent.replies,
-        # so each knows the one before it, whatever a store takes.
+        # Arrival decides: nothing waits before the reply is in agent.replies, so
+        # each knows the one before it, whatever a store takes.
         task = Reply(self.agent, request, event).task
         try:
             return await asyncio.shield(task)
@@ -545,8 +508,7 @@ class Server:
             async with asyncio.timeout(NOTICE_PATIENCE):
                 return web.json_response(await self.agent.notice(event) or {})
         except BaseException as error:
-            why = "it was cut off by the stop" if is_cut_off() else cause(error)
-            log.error("%s failed in notice(): %s", name_of_task(), why)
+            log.error("%s failed in notice(): %s", name_of_task(), cause(error))
             return web.Response(status=500, reason="see the agent's log")
 
     async def authorize(self, request: web.Request) -> web.Response:
@@ -555,32 +517,28 @@ class Server:
         settings = self.agent.settings
         if not settings.layercode_api_key:
             raise web.HTTPInternalServerError(reason="LAYERCODE_API_KEY is not set")
-        # The page's fields are named one by one, because Layercode takes
-        # others, too: with a config, a visitor could have the session call a
-        # webhook and a model of their own.
-        session = {"agent_id": text_of(page, "agent_id", "pipeline_id")}
+        # Named one by one, because Layercode takes other fields, too: with a
+        # config, a visitor could have it call a webhook and a model of their own.
+        names = ("metadata", "sdk_version")
+        session = {name: page[name] for name in names if page.get(name) is not None}
+        session["agent_id"] = text_of(page, "agent_id", "pipeline_id")
         if settings.layercode_agent_id not in ("", session["agent_id"]):
             raise web.HTTPForbidden(reason="agent_id is not LAYERCODE_AGENT_ID")
         if page.get("conversation_id") or page.get("session_id"):
             session["conversation_id"] = text_of(page, "conversation_id", "session_id")
-        for name in ("metadata", "sdk_version"):
-            if page.get(name) is not None:
-                session[name] = page[name]
         if await self.agent.admit(request, session) is not None:
             raise web.HTTPForbidden(reason="admit() has refused")
         return await self.ask_layercode(session)
 
     async def ask_layercode(self, session: Event) -> web.Response:
         """Layercode's answer to a request for a session, for the page."""
-        key = self.agent.settings.layercode_api_key
+        post = self.agent.http.post
         api = self.agent.settings.layercode_api_url.rstrip("/")
+        url = f"{api}/v1/agents/web/authorize_session"
+        key = self.agent.settings.layercode_api_key
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        asking = self.agent.http.post(
-            f"{api}/v1/agents/web/authorize_session",
-            data=json.dumps(session),
-            headers=headers,
-            allow_redirects=False,
-        )
+        data = json.dumps(session)
+        asking = post(url, data=data, headers=headers, allow_redirects=False)
         body = b""
         try:
             async with asyncio.timeout(AUTHORIZE_PATIENCE), asking as response:
@@ -589,10 +547,8 @@ class Server:
                     if len(body) > MAX_BODY:
                         raise aiohttp.ClientPayloadError
         except (aiohttp.ClientError, TimeoutError) as error:
-            is_late = isinstance(error, TimeoutError)
-            refusal = web.HTTPGatewayTimeout if is_late else web.HTTPBadGateway
             reason = f"Layercode could not be reached: {type(error).__name__}"
-            raise refusal(reason=reason) from None
+            raise web.HTTPBadGateway(reason=reason) from None
         # It may quote the request, and so the key.
         body = body.replace(key.encode(), b"***")
         if 200 <= response.status < 300:
@@ -610,13 +566,12 @@ class Reply:
     """An answer on its way to Layercode.
 
     An interruption: the caller speaks, so Layercode drops the connection.
-    aiohttp then cancels the handler (handler_cancellation), and that cuts off
-    the reply's task, wherever it waits. This closes the agent's reply() and,
-    in it, the stream from Gemini; tools that have begun go on. What was spoken
-    is recorded as not finished. The next webhook tells how much was heard;
-    that is recorded, and the model is shown those words and [interrupted]. If
-    it comes before the dropped connection is noticed, its reply cuts this one
-    off, and waits until it is recorded.
+    aiohttp cancels the handler (handler_cancellation), which cuts off the
+    reply's task. This closes reply() and Gemini's stream in it; tools that have
+    begun go on. What was spoken is recorded as not finished. The next webhook
+    tells how much was heard; that is recorded, and the model is shown those
+    words and [interrupted]. If it comes before the dropped connection is
+    noticed, its reply cuts this one off, and waits until it is recorded.
     """
 
     def __init__(self, agent: Agent, request: web.Request, event: Event) -> None:
@@ -624,9 +579,9 @@ class Reply:
         self.request = request
         self.event = event
         self.key = (event["conversation_id"], text_of(event, "turn_id"))
+        self.is_greeting = event["type"] != "message"
         # The last one in reply()'s history.
         self.turn = Turn()
-        self.is_greeting = event["type"] != "message"
         # Without text, nothing was understood.
         if not self.is_greeting and event.get("text") not in ("", None):
             self.turn.user = text_of(event, "text").strip()
@@ -640,44 +595,37 @@ class Reply:
         }
         self.response = web.StreamResponse(headers=headers)
         self.plain = Plain()
-        # Whether words, or an event, were sent.
-        self.has_answered = False
-        self.outcome = "interrupted"
+        # With no greeting, the caller begins.
+        self.has_answered = self.is_greeting
         self.started = time.monotonic()
         # The times at which words were written.
         self.times: list[str] = []
-        name = f"conversation={self.key[0]!r} turn={self.key[1]!r}"
         self.earlier = agent.replies.get(self.key[0])
+        name = f"conversation={self.key[0]!r} turn={self.key[1]!r}"
         self.task = agent.start(self.run(), name)
         agent.replies[self.key[0]] = self.task
 
     async def run(self) -> web.StreamResponse:
         """Speaks the answer, and records what became of it."""
-        with contextlib.suppress(asyncio.CancelledError):
-            await self.speak()
-        connection = self.request.transport
-        if self.outcome.startswith("interrupted") and connection is not None:
-            # Layercode may not have hung up.
-            connection.abort()
-        first_word = self.times[0] if self.times else "none"
-        figures = (
-            f"first_word={first_word} total={self.time()} chunks={len(self.times)}"
-        )
-        level = logging.WARNING if "failed" in self.outcome else logging.INFO
-        log.log(level, "%s %s %s", name_of_task(), self.outcome, figures)
+        outcome = "interrupted"
+        with contextlib.suppress(asyncio.CancelledError, ConnectionError):
+            outcome = await self.speak()
+        first = self.times[0] if self.times else "none"
+        figures = f"first_word={first} total={self.time()} chunks={len(self.times)}"
+        level = logging.WARNING if "failed" in outcome else logging.INFO
+        log.log(level, "%s %s %s", name_of_task(), outcome, figures)
         if self.earlier is not None:
             # This one may not have waited for it.
             await asyncio.wait([self.earlier], timeout=RECORD_PATIENCE)
         if "spoken" in self.facts:
             self.facts |= {"spoken": self.turn.spoken, "finished": self.turn.finished}
         await record(self.agent, self.key, self.facts)
-        if self.agent.replies.get(self.key[0]) is self.task:
-            del self.agent.replies[self.key[0]]
         return self.response
 
-    async def speak(self) -> None:
-        """Writes the answer, or the apology if it fails, and response.end."""
+    async def speak(self) -> str:
+        """Writes the answer, or the apology, and response.end; returns what it was."""
         outcome = "spoken"
+        apology = ""
         patience = self.agent.patience
         wait = asyncio.timeout(patience)
         try:
@@ -688,37 +636,33 @@ class Reply:
                     if self.task.cancelling():
                         raise asyncio.CancelledError
                     await self.say(piece)
-                    # Others are served in between.
-                    await asyncio.sleep(0)
                     wait.reschedule(asyncio.get_running_loop().time() + patience)
-            # With no greeting, the caller begins.
-            if not self.has_answered and not self.is_greeting:
+            if not self.has_answered:
                 raise ModelError("nothing was said")
         except BaseException as error:
-            if not is_cut_off():
+            outcome = "cut off by the stop"
+            if not self.task.cancelling():
                 why = f"TimeoutError: nothing came for {patience:g} s"
                 outcome = f"failed: {why if wait.expired() else cause(error)}"
+                apology = (" " if self.turn.spoken else "") + self.agent.apology
                 if isinstance(error, BlockedError):
                     # Shown this turn, the model would be blocked again.
                     self.facts |= {"user": "", "heard": "", "done": []}
-                separator = " " if self.turn.spoken else ""
-                await self.say(separator + self.agent.apology)
-            elif self.agent.is_stopping:
-                outcome = "cut off by the stop"
-            else:
+            elif not self.agent.is_stopping:
                 # It says nothing more, whatever is raised.
                 raise asyncio.CancelledError from error
+        await self.say(apology)
         await self.say({"type": "response.end"})
-        self.outcome = outcome
-        self.turn.finished = not is_cut_off()
+        self.turn.finished = not self.task.cancelling()
+        return outcome
 
     async def begin(self) -> Speech:
         """Records what the webhook tells, and returns what is to be said.
 
-        The caller's words are recorded before the model is asked, so that none
-        gets lost. A webhook may arrive twice: if its turn is finished, or a
-        later one has begun, the same words are spoken again, and nothing is
-        recorded. Otherwise it gets a new answer, once its tools are over.
+        The caller's words come before the model is asked, so that none gets
+        lost. A webhook may arrive twice: if its turn is finished, or a later
+        one has begun, the same words are spoken again. Otherwise it gets a new
+        answer, once its tools are over.
         """
         if self.earlier is not None:
             cut_off(self.earlier)
@@ -738,10 +682,10 @@ class Reply:
             case {"previous_turn_interrupted": True, **report}:
                 # Without an id, it is the latest.
                 named = report.get("assistant_turn_id") or next(reversed(turns), "")
-                facts: Event = {"heard": report.get("text_heard")}
-                if not isinstance(facts["heard"], str):
-                    # Nobody knows how much was heard.
-                    facts = {"finished": False}
+                heard = report.get("text_heard")
+                # If nobody knows how much, it is cut off.
+                is_known = isinstance(heard, str)
+                facts: Event = {"heard": heard} if is_known else {"finished": False}
                 if named in list(turns):
                     turns[named] = dataclasses.replace(turns[named], **facts)
                     await self.agent.histories.record(conversation, named, **facts)
@@ -752,14 +696,12 @@ class Reply:
 
     def speech(self, history: list[Turn]) -> Speech:
         """What greet() or reply() makes. Raises LoggedError for what is no Speech."""
-        method = self.agent.reply
-        if self.is_greeting:
-            method = self.agent.greet
-            if self.agent.gemini is not None:
-                # It connects while the caller listens.
-                self.agent.start(self.agent.gemini.warm_up(), name_of_task())
-        elif not self.turn.user:
+        if not self.is_greeting and not self.turn.user:
             return say_once(self.agent.apology)
+        if self.is_greeting and self.agent.gemini is not None:
+            # It connects while the caller listens.
+            self.agent.start(self.agent.gemini.warm_up())
+        method = self.agent.greet if self.is_greeting else self.agent.reply
         self.place = f"{type(self.agent).__name__}.{method.__name__}()"
         speech = method(self.event, history)
         if not isinstance(speech, Stream):
@@ -773,31 +715,21 @@ class Reply:
                 piece = {"type": "response.tts", "content": piece}
             is_speech = piece["type"] == "response.tts"
             words = self.plain.add(piece["content"] if is_speech else "", not is_speech)
-            if words:
-                await self.write({"type": "response.tts", "content": words})
-                self.turn.spoken += words
-            if words.strip():
-                self.times.append(self.time())
-            if not is_speech:
-                await self.write(piece)
+            text = self.frame({"type": "response.tts", "content": words})
+            text = (text if words else "") + ("" if is_speech else self.frame(piece))
         except Exception as error:
             what = f"yields a {type(piece).__name__}: it must be a str or an event"
             raise LoggedError(f"{self.place} {what} as JSON: {error}") from None
-        if words.strip() or not is_speech:
-            self.has_answered = True
+        self.turn.spoken += words
+        if words.strip():
+            self.times.append(self.time())
+        self.has_answered = self.has_answered or words.strip() != "" or not is_speech
+        await self.response.write(text.encode())
 
-    async def write(self, event: Event) -> None:
-        """Writes a frame. If Layercode does not take it, this ends the reply."""
-        frame = json.dumps({**event, "turn_id": self.key[1]}, allow_nan=False)
-        try:
-            async with asyncio.timeout(WRITE_PATIENCE):
-                await self.response.write(f"data: {frame}\n\n".encode())
-        except (ConnectionError, TimeoutError) as error:
-            if isinstance(error, TimeoutError):
-                self.outcome = "interrupted: Layercode has stopped reading"
-            cut_off(self.task)
-            # Here comes the CancelledError.
-            await asyncio.sleep(0)
+    def frame(self, event: Event) -> str:
+        """An event as Layercode reads it. Raises ValueError for NaN."""
+        text = json.dumps({**event, "turn_id": self.key[1]}, allow_nan=False)
+        return f"data: {text}\n\n"
 
     def time(self) -> str:
         """The milliseconds since the webhook came."""
@@ -821,11 +753,8 @@ async def record(agent: Agent, key: tuple[str, str], facts: Event) -> None:
 
 async def read_body(request: web.Request, limit: int) -> bytes:
     """A request's body as it was sent. Raises HTTPException."""
-    if "Content-Encoding" in request.headers:
-        raise web.HTTPUnsupportedMediaType(reason="a compressed body is not taken")
-    size = request.content_length or 0
-    if size > limit:
-        raise web.HTTPRequestEntityTooLarge(limit, size)
+    if (request.content_length or 0) > limit:
+        raise web.HTTPRequestEntityTooLarge(limit)
     try:
         async with asyncio.timeout(BODY_PATIENCE):
             return await request.read()
@@ -836,21 +765,13 @@ async def read_body(request: web.Request, limit: int) -> bytes:
 
 def parse(body: bytes) -> Event:
     """The JSON object in a body. Raises HTTPBadRequest if there is none."""
-    event: object = None
     with contextlib.suppress(ValueError, RecursionError):
-        given = json.loads(body)
-        # What is nested too deeply, NaN and halves of characters, such as
-        # \ud83d of an emoji that was cut, could not be passed on.
-        text = json.dumps(given, ensure_ascii=False, allow_nan=False)
-        event = json.loads(clean(text))
-    if not isinstance(event, dict):
-        raise web.HTTPBadRequest(reason="the body is not a JSON object")
-    return event
-
-
-def clean(text: str) -> str:
-    """A text with a ? in the place of each half of a character."""
-    return text.encode(errors="replace").decode()
+        event = json.loads(body)
+        # NaN, and what is nested too deeply, could not be passed on.
+        json.dumps(event, allow_nan=False)
+        if isinstance(event, dict):
+            return event
+    raise web.HTTPBadRequest(reason="the body is not a JSON object")
 
 
 def text_of(event: Event, name: str, older_name: str = "") -> str:
@@ -891,20 +812,16 @@ class Plain:
 
     def add(self, words: str, is_end: bool = False) -> str:
         """Takes more words; returns what can be spoken now: at the end, all of it."""
-        text = self.before + self.held + clean(words)
+        text = self.before + self.held + words
         end = OPEN_END.search(text, 1)
         self.held = end[0] if end and not is_end else ""
         text = text.removesuffix(self.held)
         self.before = text[-1]
-        if not any(mark in text for mark in "\n`*_["):
-            return text[1:]
         # What stood before is spoken already.
         return MARKS.sub(r"\g<text>", text)[1:]
 
 
 # ---- The signature
-
-
 def sign(body: bytes, secret: str, timestamp: str = "") -> str:
     """The layercode-signature header for a body: "t=<Unix seconds>,v1=<hex>".
 
@@ -919,18 +836,15 @@ def sign(body: bytes, secret: str, timestamp: str = "") -> str:
 def verify(header: str, body: bytes, secret: str) -> bool:
     """Whether the header signs the body, and did so within TOLERANCE seconds.
 
-    The body is the bytes as they were received: the same JSON, parsed and
-    written again, may have other bytes. While a secret is being rotated, there
-    are several v1 signatures, of which one must be right.
+    The body is the bytes that came: the same JSON, written again, may have
+    others. While a secret is rotated, one of several v1 must be right.
     """
     timestamp = signed_at(header)
-    if not timestamp:
+    if not (timestamp and secret):
         return False
     # As bytes: compare_digest() takes no "\xe9".
-    right = sign(body, secret, timestamp).encode()
-    given = [
-        f"t={timestamp},{one}".encode(errors="replace") for one in header.split(",")
-    ]
+    right = sign(body, secret, timestamp).partition(",")[2].encode()
+    given = header.encode(errors="replace").split(b",")
     return any(hmac.compare_digest(right, one) for one in given)
 
 
@@ -943,8 +857,6 @@ def signed_at(header: str) -> str:
 
 
 # ---- Asking Gemini
-
-
 class LoggedError(Exception):
     """What went wrong, in words that hold no secret and nothing that a caller said."""
 
@@ -969,9 +881,9 @@ async def ask_twice(
     """Yields what ask() yields, and calls ask() once more if no word has come.
 
     That is after ask_again_after seconds without a piece that has_words(), or
-    at once when the first request fails. The two then race, so that a model
-    that is always slow is not made slower; the first to speak wins, and the
-    other one is cancelled. If both fail, raises the error of the second.
+    at once if the first request fails. The two race, so that a slow model is
+    not made slower, and the first to speak wins. If both fail, raises the
+    error of the second.
     """
     async with contextlib.AsyncExitStack() as requests:
 
@@ -983,8 +895,6 @@ async def ask_twice(
                 opening.append(piece)
                 if has_words(piece):
                     return opening, request
-                # Others are served in between.
-                await asyncio.sleep(0)
             raise ModelError("no words")
 
         tasks = [asyncio.create_task(begin())]
@@ -998,8 +908,8 @@ async def ask_twice(
             opening, request = await first_to_succeed(tasks)
         finally:
             for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+                if task.cancel():
+                    await asyncio.gather(task, return_exceptions=True)
         for piece in opening:
             yield piece
         async for piece in request:
@@ -1008,7 +918,7 @@ async def ask_twice(
 
 async def first_to_succeed(tasks: list[asyncio.Task[T]]) -> T:
     """The first result of some tasks. If all fail, raises the last one's error."""
-    waiting = set(tasks)
+    waiting = {*tasks}
     while waiting:
         done, waiting = await asyncio.wait(waiting, return_when="FIRST_COMPLETED")
         for task in done:
@@ -1038,23 +948,20 @@ class Gemini:
         self.error = errors.APIError
 
     async def warm_up(self) -> None:
-        """Connects ahead of a question; the log tells if Gemini would refuse it."""
-        try:
+        """Connects ahead of a question."""
+        # If that fails, the question tells why.
+        with contextlib.suppress(Exception):
             async with asyncio.timeout(10):
                 await self.models.get(model=self.model)
-        except Exception as error:
-            # Of what else fails, the question tells.
-            if isinstance(error, self.error):
-                log.warning("Gemini will refuse to answer: %s", self.explain(error))
 
-    def request(self, history: list[Turn], config: Config) -> Config:
-        """A request, as google-genai's config; what `config` says goes first."""
+    def ask(
+        self, history: list[Turn], config: Config, has_words: Callable[[Chunk], bool]
+    ) -> Chunks:
+        """The answer to a history; what google-genai's `config` says goes first."""
         request: Config = {}
         if self.thinking:
-            is_budget = self.thinking.lstrip("-").isdecimal()
-            name = "thinking_budget" if is_budget else "thinking_level"
-            thinking: Any = {name: self.thinking.upper()}
-            request["thinking_config"] = thinking
+            level: Any = self.thinking.upper()
+            request["thinking_config"] = {"thinking_level": level}
         request |= config
         # Every caller waits while google-genai builds contents, 0.25 ms for
         # each message. An extra_body is only merged, 1.5 ms for 40 turns.
@@ -1067,40 +974,40 @@ class Gemini:
         request["http_options"] = options
         # It would call functions, and some twice.
         request["automatic_function_calling"] = {"disable": True}
-        return request
+        after = self.agent.ask_again_after
+        return ask_twice(lambda: self.ask_once(request), has_words, after)
 
-    async def ask(self, request: Config) -> Stream[Chunk, None]:
-        """Asks once and yields Gemini's chunks, up to the end of the answer.
-
-        Raises ModelError for one that is blocked or incomplete, and for
-        Gemini's own errors; aiohttp's errors pass.
-        """
-        patience = None
+    async def ask_once(self, request: Config) -> Chunks:
+        """Asks once and yields Gemini's chunks. Raises ModelError, aiohttp's errors."""
+        # The request has the contents.
+        ask = self.models.generate_content_stream
+        chunks = await ask(model=self.model, contents={}, config=request)
+        ending = ""
         try:
-            # The request has the contents.
-            chunks = await self.models.generate_content_stream(
-                model=self.model, contents={}, config=request
-            )
-            try:
-                while True:
-                    if patience is None:
+            while True:
+                if ending:
+                    async with asyncio.timeout(STREAM_END_PATIENCE):
                         chunk = await anext(chunks)
-                    else:
-                        async with asyncio.timeout(patience):
-                            chunk = await anext(chunks)
-                    if is_last(chunk):
-                        patience = STREAM_END_PATIENCE
-                    yield chunk
-            except (StopAsyncIteration, TimeoutError):
-                if patience is None:
-                    why = "the answer broke off without a finish reason"
-                    raise ModelError(why) from None
-            finally:
-                await let_go(chunks)
+                else:
+                    chunk = await anext(chunks)
+                ending = ending_of(chunk) or ending
+                yield chunk
+        except (StopAsyncIteration, TimeoutError):
+            if ending not in ("STOP", "MAX_TOKENS"):
+                why = ending or "it broke off"
+                raise ModelError(f"Gemini ended the answer: {why}") from None
         except self.error as error:
             raise self.explain(error) from None
+        except (GeneratorExit, BlockedError):
+            # Only a stream that is cancelled while it is read lets go of its
+            # connection at once: googleapis/python-genai, issue 2425.
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(0):
+                    async for _ in chunks:
+                        pass
+            raise
 
-    def explain(self, error: APIError) -> ModelError:
+    def explain(self, error: errors.APIError) -> ModelError:
         """An error of Gemini's as the log may tell it: no message, but what to do."""
         model = f"GEMINI_MODEL={self.model}"
         hints = {
@@ -1117,41 +1024,30 @@ class Gemini:
         return FinalError(told) if is_final else ModelError(told)
 
 
-def is_last(chunk: Chunk) -> bool:
-    """Whether a chunk ends the answer as it should. Raises ModelError if not so."""
+def ending_of(chunk: Chunk) -> str:
+    """Why the answer ends with a chunk, in Gemini's words; empty if it goes on."""
     feedback = chunk.prompt_feedback
     if feedback and feedback.block_reason:
         raise BlockedError(f"Gemini blocked it: {feedback.block_reason.name}")
     end = chunk.candidates[0].finish_reason if chunk.candidates else None
-    if end and end.name not in ("STOP", "MAX_TOKENS"):
-        raise ModelError(f"Gemini ended the answer: {end.name}")
-    return end is not None
-
-
-async def let_go(chunks: AsyncIterator[Chunk]) -> None:
-    """Makes google-genai release the connection of a stream, wherever it is.
-
-    Only one that is cancelled while it is read lets go at once:
-    googleapis/python-genai, issue 2425.
-    """
-    with contextlib.suppress(Exception):
-        while True:
-            async with asyncio.timeout(0):
-                await anext(chunks)
-            # Others are served in between.
-            await asyncio.sleep(0)
+    return end.name if end else ""
 
 
 def speaks(chunk: Chunk) -> bool:
     """Whether a chunk has words to read aloud, beside marks, or calls a tool."""
-    has_words = any(letter.isalnum() for letter in chunk.text or "")
-    return has_words or bool(chunk.function_calls)
+    return any(map(str.isalnum, words_of(chunk))) or bool(chunk.function_calls)
+
+
+def words_of(chunk: Chunk) -> str:
+    """The words of a chunk, without the model's thoughts."""
+    parts = [part for part in chunk.parts or [] if not part.thought]
+    return "".join(part.text or "" for part in parts)
 
 
 async def stand_in(history: list[Turn]) -> Speech:
     """What is said where there is no model: the last three turns, newest first."""
-    said = [turn.user for turn in reversed(history) if turn.user]
-    recalled = "' and before that '".join(said[:3])
+    said = [turn.user for turn in history if turn.user]
+    recalled = "' and before that '".join(said[:-4:-1])
     words = f"I'm the offline stand-in. You said '{recalled}'. "
     words += "Set GOOGLE_GENERATIVE_AI_API_KEY for Gemini."
     for word in words.split():
@@ -1169,37 +1065,33 @@ HAS_BEGUN = {"output": "It has begun, and may go on. Do not call it again unaske
 class Answer:
     """Gemini's answer to a turn, with the tools that it calls on the way.
 
-    How a tool is called once: its call is recorded before it begins, and it
-    runs in a task of its own, which a hang-up does not end. A webhook that is
-    delivered again waits for that task, and Gemini is shown what it gave.
+    A tool is called once: the call is recorded before it begins, and it runs in
+    a task that a hang-up does not end. A webhook that is delivered again waits
+    for that task, and Gemini is shown what it gave.
     """
 
-    def __init__(self, agent: Agent, event: Event, history: list[Turn]) -> None:
-        self.agent = agent
+    def __init__(self, gemini: Gemini, event: Event, history: list[Turn]) -> None:
+        self.gemini = gemini
+        self.agent = gemini.agent
         self.history = history
-        self.turn = history[-1]
         self.key = (event["conversation_id"], event["turn_id"])
-        self.name = name_of_task()
-        self.tools = {tool.__name__: tool for tool in agent.tools(event)}
-        self.declared = [declare(tool) for tool in self.tools.values()]
+        self.tools = {tool.__name__: tool for tool in self.agent.tools(event)}
         # The calls alone, for the history.
-        self.recorded = list(self.turn.done)
+        self.recorded = list(history[-1].done)
         # By words, or by a tool's event.
         self.has_answered = False
-        # What tools have for the page.
-        self.events: list[Event] = []
-        self.hang_ups: list[Event] = []
 
     async def speak(self) -> Speech:
         """Yields the words of the answer, and what the tools have for the page."""
         filler = f"{self.agent.filler} "
+        hang_ups: list[Event] = []
         for rounds_left in reversed(range(MAX_ROUNDS + 1)):
-            parts: list[Part] = []
+            parts: list[types.Part] = []
             words = ""
             async with contextlib.aclosing(self.ask(rounds_left)) as chunks:
                 async for chunk in chunks:
                     parts += chunk.parts or []
-                    text = chunk.text or ""
+                    text = words_of(chunk)
                     words += text
                     yield text
             self.has_answered = self.has_answered or words.strip() != ""
@@ -1207,105 +1099,99 @@ class Answer:
             if not calls or not rounds_left:
                 break
             for call in calls:
-                yield state_of(call.name or "", "running")
-            running = self.agent.start(self.run(parts), self.name)
+                yield state_of(call, "running")
+            running = self.agent.start(self.run(parts))
             self.agent.tools_running[self.key] = running
-            running.add_done_callback(lambda _: self.agent.tools_running.pop(self.key))
-            if not self.has_answered:
-                await asyncio.wait([running], timeout=FILLER_AFTER)
-                if not running.done():
-                    yield filler
-                    filler = ""
             # An interruption here ends no tool.
-            await asyncio.shield(running)
-            for event in self.events:
-                yield event
-            self.events = []
-            if self.hang_ups and words:
+            patience = None if self.has_answered else FILLER_AFTER
+            await asyncio.wait([running], timeout=patience)
+            if not running.done():
+                yield filler
+                filler = ""
+            for event in await asyncio.shield(running):
+                if event["type"] == "response.hangup":
+                    hang_ups.append(event)
+                else:
+                    yield event
+            if hang_ups and words:
                 # That was the goodbye.
                 break
             yield " " if words else ""
-        for hang_up in self.hang_ups[:1]:
+        for hang_up in hang_ups[:1]:
             yield hang_up
 
-    def ask(self, rounds_left: int) -> Stream[Chunk, None]:
+    def ask(self, rounds_left: int) -> Chunks:
         """Asks Gemini, which may call tools unless no rounds are left."""
         config: Config = {}
         if self.tools:
             mode: Any = "AUTO" if rounds_left else "NONE"
-            config["tools"] = [{"function_declarations": self.declared}]
+            declared = [declare(tool) for tool in self.tools.values()]
+            config["tools"] = [{"function_declarations": declared}]
             config["tool_config"] = {"function_calling_config": {"mode": mode}}
         # Words before a call are an answer.
         has_words = (lambda chunk: True) if self.has_answered else speaks
-        return self.agent.ask(self.history, config, has_words)
+        return self.gemini.ask(self.history, config, has_words)
 
-    async def run(self, parts: list[Part]) -> None:
-        """Runs tools to their end, with a record before and after."""
+    async def run(self, parts: list[types.Part]) -> list[Event]:
+        """Runs tools to their end, with a record before and after; gives events."""
+        options: Any = {"mode": "json", "by_alias": True, "exclude_none": True}
         # With their thought signatures.
-        sent = [
-            part.model_dump(mode="json", by_alias=True, exclude_none=True)
-            for part in parts
+        sent = [part.model_dump(**options) for part in parts]
+        called = [part for part in sent if "functionCall" in part]
+        calls = [part.function_call for part in parts if part.function_call]
+        answers = [
+            {"id": call.id, "name": call.name, "response": HAS_BEGUN} for call in calls
         ]
-        calls = [part for part in sent if "functionCall" in part]
-        answers = [{**part["functionCall"], "response": HAS_BEGUN} for part in calls]
-        for answer in answers:
-            answer.pop("args", None)
         told = [{"functionResponse": answer} for answer in answers]
         reply = {"role": "user", "parts": told}
-        self.turn.done = [*self.turn.done, {"role": "model", "parts": sent}, reply]
-        self.recorded += [{"role": "model", "parts": calls}, reply]
+        turn = self.history[-1]
+        turn.done = [*turn.done, {"role": "model", "parts": sent}, reply]
+        self.recorded += [{"role": "model", "parts": called}, reply]
         await record(self.agent, self.key, {"done": self.recorded})
-        await asyncio.gather(*map(self.call, calls, answers))
+        tasks = map(self.agent.start, map(self.call, calls, answers))
+        events = await asyncio.gather(*tasks)
         await record(self.agent, self.key, {"done": self.recorded})
+        return [event for some in events for event in some]
 
-    async def call(self, part: Event, answer: Event) -> None:
-        """Puts into an answer what a tool gives, or its error. It raises nothing."""
+    async def call(self, call: types.FunctionCall, answer: Event) -> list[Event]:
+        """Puts into an answer what a tool gives, or its error; returns its events."""
         import pydantic
-        from pydantic_core import to_json
+        from pydantic_core import to_jsonable_python
 
-        call = part["functionCall"]
-        name = call.get("name", "").rpartition(".")[2]
-        state = "failed"
+        name = (call.name or "").rpartition(".")[2]
+        options: Any = {"inf_nan_mode": "null", "bytes_mode": "base64", "fallback": str}
         try:
             if name not in self.tools:
                 there_are = ", ".join(self.tools)
                 raise LoggedError(f"There is no tool {name}. There are: {there_are}.")
             tool = pydantic.validate_call(self.tools[name])
             async with asyncio.timeout(TOOL_PATIENCE):
-                output = await in_thread(lambda: tool(**call.get("args", {})))
+                output = await in_thread(lambda: tool(**call.args or {}))
                 # An async one was only called there.
                 if inspect.isawaitable(output):
                     output = await output
             # What is no JSON is told as well as can be.
-            options: Any = {"inf_nan_mode": "null", "bytes_mode": "base64"}
-            text = to_json(output, fallback=str, **options)
-            answer["response"] = {"output": json.loads(text)}
-            state = "done"
+            output = to_jsonable_python(output, **options)
+            answer["response"] = {"output": output}
         except BaseException as error:
             # SystemExit would end the server.
-            log.warning("%s tool %.60r failed: %s", self.name, name, cause(error))
+            log.warning("%s tool %.60r failed: %s", name_of_task(), name, cause(error))
             if not isinstance(error, TimeoutError):
-                why = f"{type(error).__name__}: {error}"
-                answer["response"] = {"error": clean(why)}
-        self.events.append(state_of(name, state))
-        match answer["response"].get("output"):
-            case {"type": "response.hangup"} as hang_up:
-                self.hang_ups.append(hang_up)
-            case {"type": "response.data" | "response.tts"} as event:
-                self.events.append(event)
+                answer["response"] = {"error": f"{type(error).__name__}: {error}"}
+            return [state_of(call, "failed")]
+        match output:
+            case {"type": "response.data" | "response.tts" | "response.hangup"}:
                 self.has_answered = True
+                return [state_of(call, "done"), output]
+        return [state_of(call, "done")]
 
 
-def declare(tool: Tool) -> Declaration:
-    """What Gemini is told of a tool. Raises LoggedError for one it cannot call."""
+def declare(tool: Tool) -> types.FunctionDeclarationDict:
+    """What Gemini is told of a tool. Raises pydantic's error if a type is no JSON."""
     import pydantic
 
     kind: Any = tool
-    try:
-        schema = pydantic.TypeAdapter(kind).json_schema()
-    except (pydantic.PydanticUserError, NameError) as error:
-        why = f"{tool.__name__}() cannot be a tool: a parameter's type is no JSON"
-        raise LoggedError(why) from error
+    schema = pydantic.TypeAdapter(kind).json_schema()
     return {
         "name": tool.__name__,
         "description": inspect.getdoc(tool) or "",
@@ -1313,14 +1199,14 @@ def declare(tool: Tool) -> Declaration:
     }
 
 
-def state_of(tool: str, state: str) -> Event:
+def state_of(call: types.FunctionCall, state: str) -> Event:
     """What the page is told of a tool: that it is running, done, or failed."""
-    content = {"tool": tool.rpartition(".")[2], "state": state}
+    content = {"tool": (call.name or "").rpartition(".")[2], "state": state}
     return {"type": "response.data", "content": content}
 
 
 async def in_thread(function: Callable[[], T]) -> T:
-    """What a blocking function returns, from a thread of its own; raises its errors.
+    """What a blocking function returns, or raises, in a thread of its own.
 
     One that hangs holds up no other, as in asyncio.to_thread(), which has few
     threads, nor the end of Python, which does not wait for daemons.
@@ -1342,8 +1228,6 @@ async def in_thread(function: Callable[[], T]) -> T:
 
 
 # ---- The log
-
-
 def name_of_task() -> str:
     """What the log calls the turn, or the webhook, that the task works for."""
     task = asyncio.current_task()
@@ -1353,8 +1237,7 @@ def name_of_task() -> str:
 def cause(error: BaseException) -> str:
     """What the log says of an error: its type and place, or a LoggedError's message.
 
-    The message of another may hold a key, or what a caller said: it is for
-    LOG_LEVEL=DEBUG, and for `chat`.
+    Other messages, which may quote a key or a caller, are for DEBUG and `chat`.
     """
     details.debug("%s", name_of_task(), exc_info=error)
     if isinstance(error, LoggedError):
@@ -1369,39 +1252,32 @@ def cause(error: BaseException) -> str:
 
 
 class Sparing(logging.Filter):
-    """Lets MAX_REFUSALS lines a second through; counts those that it leaves out."""
+    """Lets a line a second through, and counts those that it leaves out."""
 
     second = 0
-    lines = 0
+    left_out = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a line is to be written. Malformed HTTP comes with a traceback."""
-        if record.exc_info and record.exc_info[0]:
-            record.msg += f": {record.exc_info[0].__name__}"
-            record.exc_info = None
-        if self.second != int(record.created):
-            if self.lines > MAX_REFUSALS:
-                left_out = self.lines - MAX_REFUSALS
-                record.msg += f" ({left_out} lines like this were left out before)"
-            self.second = int(record.created)
-            self.lines = 0
-        self.lines += 1
-        return self.lines <= MAX_REFUSALS
+        record.exc_info = None
+        is_first = self.second != int(record.created)
+        if is_first and self.left_out:
+            record.msg += f" ({self.left_out} lines like this were left out before)"
+        self.left_out = 0 if is_first else self.left_out + 1
+        self.second = int(record.created)
+        return is_first
 
 
-# ---- The terminal
+# ---- The terminal, and the command line
 
 # Control characters, but for the line break.
 CONTROLS = dict.fromkeys([*range(10), *range(11, 32), *range(127, 160)])
 
 
 def chat(agent: Agent, url: str | None, fields: Event) -> None:
-    """Chats with the agent at a URL or, without one, with this one, served here.
-
-    Raises SettingsError if that cannot be.
-    """
+    """Chats with the agent at a URL, or with this one. Raises SettingsError."""
     # No proxy leads to the agent served here.
-    opener = build_opener(ProxyHandler(None if url else {}))
+    proxies = urllib.request.ProxyHandler(None if url else {})
     url = url or serve_beside(agent)
     secret = agent.settings.layercode_webhook_secret
     print("Ctrl-C interrupts the agent. Hang up with Ctrl-D.\n")
@@ -1411,11 +1287,13 @@ def chat(agent: Agent, url: str | None, fields: Event) -> None:
     with contextlib.suppress(EOFError):
         while True:
             event = {**fields, **event, "turn_id": os.urandom(8).hex()}
-            report = listen(opener, url, secret, event)
+            report = listen(urllib.request.build_opener(proxies), url, secret, event)
             event = {"type": "message", "text": input("> "), **report}
 
 
-def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event:
+def listen(
+    opener: urllib.request.OpenerDirector, url: str, secret: str, event: Event
+) -> Event:
     """Posts a webhook and prints the answer; returns what the next one reports.
 
     Raises EOFError if the agent hangs up, SettingsError if it does not answer.
@@ -1426,18 +1304,17 @@ def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event
     try:
         body = json.dumps(event).encode()
         headers = {"layercode-signature": sign(body, secret)}
-        request = Request(url, body, headers)
+        request = urllib.request.Request(url, body, headers)
         with opener.open(request, timeout=CHAT_PATIENCE) as answer:
             for line in answer:
                 if line.startswith(b"data:"):
                     frame = json.loads(line.removeprefix(b"data:"))
                     kinds.append(frame["type"])
-                    content = frame.get("content")
-                    if kinds[-1] == "response.tts":
-                        heard += content
-                        show(content)
-                    elif kinds[-1] == "response.data":
-                        print(f"[{json.dumps(content)}]")
+                    if frame["type"] == "response.tts":
+                        heard += frame["content"]
+                        show(frame["content"])
+                    elif frame["type"] == "response.data":
+                        print(f"[{json.dumps(frame.get('content'))}]")
         if "response.end" not in kinds:
             raise ValueError("The answer has no response.end. What does the log say?")
     except KeyboardInterrupt:
@@ -1467,78 +1344,49 @@ def serve_beside(agent: Agent) -> str:
     agent.settings = dataclasses.replace(agent.settings, layercode_webhook_secret=key)
     listener = socket.create_server(("127.0.0.1", 0))
     options: Event = {"sock": listener, "handle_signals": False, "print": None}
-
-    def work() -> None:
-        try:
-            web.run_app(agent.make_app(), **options, **RUNNER_OPTIONS)
-        except BaseException:
-            # Told before the terminal notices.
-            traceback.print_exc()
-            listener.close()
-
-    threading.Thread(target=work, daemon=True).start()
+    options |= {"app": agent.make_app(), **RUNNER_OPTIONS}
+    threading.Thread(target=web.run_app, kwargs=options, daemon=True).start()
     return f"http://127.0.0.1:{listener.getsockname()[1]}/agent"
-
-
-# ---- The command line
 
 
 def serve(agent: Agent) -> None:
     """Serves the agent until the process is told to stop. Raises SettingsError."""
     settings = agent.settings
+    host = settings.host
+    port = settings.port
 
     def when_up(_: str) -> None:
-        # When the collector looked at google-genai's
-        # 100,000 objects, all would wait 60 ms.
+        # All wait 60 ms when the collector looks at
+        # google-genai's 100,000 objects.
         gc.freeze()
-        print(f"Up: http://{settings.host}:{settings.port}")
-        missing = {
-            "layercode_webhook_secret": "every webhook will be refused",
-            "google_generative_ai_api_key": "a stand-in, or your reply(), will answer",
-            "layercode_api_key": "no browser can be authorized",
-        }
-        for name, why in missing.items():
-            if not getattr(settings, name):
-                print(f"{name.upper()} is not set: {why}. See .env.example.")
+        print(f"Up: http://{host}:{port}")
+        for field in dataclasses.fields(Settings):
+            # What is not shown is a secret.
+            if not field.repr and not getattr(settings, field.name):
+                print(f"{field.name.upper()} is not set: see .env.example.")
         if settings.layercode_api_key and type(agent).admit is Agent.admit:
             print("Everyone who reaches /authorize may start calls: override admit().")
-        tunnel = f"cloudflared tunnel --url http://localhost:{settings.port}"
-        print(f"Next: {tunnel}", flush=True)
+        print(f"Next: cloudflared tunnel --url http://localhost:{port}", flush=True)
 
     async def when_stopped(app: web.Application) -> None:
-        if agent.replies:
-            calls = f"{len(agent.replies)} calls"
-            print(f"Finishing {calls}; once more stops at once.", flush=True)
-        loop = asyncio.get_running_loop()
-        # Windows has no such handlers.
-        with contextlib.suppress(NotImplementedError):
-            for one in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(one, lambda: cut_off(*agent.tasks))
+        calls = sum(not reply.done() for reply in agent.replies.values())
+        print(f"Finishing {calls} calls; once more stops at once.", flush=True)
 
-    # Before the agent starts, so that its errors are not taken for this one.
-    try:
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        listener = socket.create_server((settings.host, settings.port), family=family)
-    except (OSError, OverflowError, UnicodeError) as error:
-        address = f"HOST={settings.host} PORT={settings.port}"
-        hint = ". Is the agent running already?" if "in use" in str(error) else ""
-        why = f"cannot be listened on: {error}{hint}"
-        raise SettingsError(f"{address} {why}") from None
     app = agent.make_app()
     app.on_shutdown.insert(0, when_stopped)
     refusals.addFilter(Sparing())
-    # Who finds aiohttp's queue of 128 full, beside
-    # a flood, tries again after a second.
+    # In a flood, who finds aiohttp's queue of 128
+    # full tries again after a second.
     options = {"backlog": 1024, "logger": refusals, **RUNNER_OPTIONS}
-    web.run_app(app, sock=listener, print=when_up, **options)
+    try:
+        web.run_app(app, print=when_up, host=host, port=port, **options)
+    except (OSError, OverflowError, UnicodeError) as error:
+        where = f"HOST={host} PORT={port}"
+        raise SettingsError(f"{where} cannot be listened on: {error}") from None
 
 
 def main(agent: type[Agent] = Agent) -> None:
-    """Serves the agent, or chats with it, as the command line says.
-
-    A wrong setting, a webhook that cannot be called, and an address that
-    cannot be listened on end it with one line and status 1.
-    """
+    """Serves the agent, or chats with it. A SettingsError ends it with one line."""
     parser = argparse.ArgumentParser(description="Serves a Layercode voice agent.")
     parser.add_argument("command", nargs="?", choices=["chat"], help="talk to it here")
     parser.add_argument("url", nargs="?", help="a webhook: talk to the agent behind it")
@@ -1550,20 +1398,16 @@ def main(agent: type[Agent] = Agent) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     try:
         one = agent()
-        level = one.settings.log_level.upper()
-        if level not in logging.getLevelNamesMapping():
-            raise SettingsError(f"LOG_LEVEL={level} is not DEBUG, INFO, WARNING, ERROR")
-        log.setLevel(level)
+        log.setLevel(one.settings.log_level.upper())
         if arguments.command is None:
             serve(one)
             return
-        if level == "INFO":
-            # Turns' lines would be among the words.
-            log.setLevel("WARNING")
-        # Who chats may read their own words.
+        # Turns' lines would be among the words, and
+        # who chats may read their own.
+        log.setLevel("WARNING")
         details.setLevel("DEBUG")
         chat(one, arguments.url, arguments.event)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, web.GracefulExit):
         pass
     except SettingsError as error:
         sys.exit(f"{parser.prog}: {error}")

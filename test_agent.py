@@ -444,7 +444,7 @@ async def serve(
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         yield serve
-    await until(lambda: not any(one.tasks or one.replies for one in served))
+    await until(lambda: not any(one.tasks for one in served))
     lines = "\n".join(map(logging.Formatter().format, caplog.get_records("call")))
     for text in ("secret words", GEMINI_KEY, "GOOGLE_API_KEY"):
         assert text not in lines
@@ -505,7 +505,7 @@ async def end_of(process: Process) -> tuple[int | None, str]:
 
 LIMITS = """
 TOOL_PATIENCE 5, FILLER_AFTER 1.2, MAX_ROUNDS 5, STREAM_END_PATIENCE 0.1, GRACE 5,
-WRITE_PATIENCE 5, RECORD_PATIENCE 2, NOTICE_PATIENCE 30, BODY_PATIENCE 5, MAX_TURNS 50,
+RECORD_PATIENCE 2, NOTICE_PATIENCE 30, BODY_PATIENCE 5, MAX_TURNS 50,
 AUTHORIZE_PATIENCE 10, TOLERANCE 300, MAX_CONVERSATIONS 10000, CHAT_PATIENCE 30"""
 OPTIONS = {"handler_cancellation": True, "auto_decompress": False, "access_log": None}
 WAITS = {"keepalive_timeout": 120, "lingering_time": 2, "shutdown_timeout": 1}
@@ -696,7 +696,7 @@ async def test_a_webhook_is_answered_or_told_what_is_wrong_with_it(
     response = await caller.answer(asked)
     assert (response.status, told in await response.text()) == (status, True)
     if told == "problem.":
-        assert caller.gemini.shown() == [asked["text"].replace("\ud800", "?").strip()]
+        assert caller.gemini.shown() == [asked["text"]]
 
 
 SIGNED = f"layercode-signature: {sign(b'1', SECRET)}"
@@ -710,7 +710,7 @@ CHUNKS, GZIP = "Transfer-Encoding: chunked", "Content-Encoding: gzip"
     ("/agent", [NINE, "layercode-signature: t=1,v1=0"], "401 "),
     ("/agent", [NINE, SIGNED], "408 "),
     ("/authorize", [NINE], "408 "),
-    ("/agent", [ONE, SIGNED, GZIP], "415 "),
+    ("/agent", [ONE, SIGNED, GZIP], "400 "),
     ("/agent", [ONE, "layercode-signature: \xe9"], "401 "),
     ("/agent", [ONE, SIGNED[:35] + "1=\xe9"], "401 "),
     (f"/{'nowhere' * 99}", [ONE], "404 Not Found"),
@@ -775,20 +775,18 @@ async def test_a_reply_that_is_cut_off_says_nothing_more(serve: Serve) -> None:
         await caller.hear(response, "Once upon ")
         one.pieces = ("Well.",)
         assert await caller.say("Stop!") == "Well."
-        with pytest.raises(aiohttp.ClientError):
-            await response.read()
+        assert "response.end" not in await response.text()
     assert (one.history[0].spoken, one.history[0].finished) == ("Once upon ", False)
     interrupted, spoken = caller.log()
     assert " interrupted first_word=" in interrupted and " spoken first_word=" in spoken
 
 
-async def test_who_stops_reading_has_hung_up(serve: Serve) -> None:
-    caller = await serve(Own(*["x" * 60_000] * 1000), WRITE_PATIENCE=0.1)
-    async with caller.post(caller.event("hello")) as response:
+async def test_who_stops_reading_is_not_waited_for(serve: Serve) -> None:
+    caller = await serve(one := Own(*["x" * 60_000] * 1000, patience=0.1))
+    async with caller.post(caller.event("hello")):
         await until(caller.log)
-        with pytest.raises(aiohttp.ClientError):
-            await response.read()
-    assert " interrupted: Layercode has stopped reading" in caller.log()[0]
+        await until(lambda: not one.tasks)
+    assert " failed: TimeoutError: nothing came for 0.1 s" in caller.log()[0]
 
 
 REPORTS = [
@@ -827,7 +825,7 @@ async def test_a_stop_ends_what_outlasts_it_and_says_so(
     assert await reply == []
     assert " cut off by the stop first_word=none" in str(caller.log())
     [line] = [line for line in caller.log() if "'session.end'" in line]
-    assert "notice(): it was cut off" in line
+    assert "failed in notice(): CancelledError at test_agent.py:" in line
 
 
 # ---- What is read aloud, and the signature -------------------------------------------
@@ -837,7 +835,7 @@ PLAIN = {
     "# A\n## B\n> c\n- one\n* two\n  + three": "A\nB\nc\none\ntwo\nthree",
     "an _emphasis_, *another*, __both__": "an emphasis, another, both",
     "See [the menu](https://a.example/x_y) now": "See the menu now",
-    "Well [interrupted] so\ud800 [Interrupted]": "Well  so? ",
+    "Well [interrupted] so [Interrupted]": "Well  so ",
     "Yes [sic] [1], 2*3, 2**3, 5 * 3": "Yes [sic] [1], 2*3, 2**3, 5 * 3",
     "a - b, 5 > 3, #1, C#, snake_case [1": "a - b, 5 > 3, #1, C#, snake_case [1",
 }
@@ -887,7 +885,7 @@ WELL, STORY = f"Well. {APOLOGY}", "Once upon a time."
     ([" ", "\n", "**"], 2, APOLOGY, "no words"),
     ([[THOUGHT]], 2, APOLOGY, "no words"),
     ([CUT], 2, APOLOGY, "ClientPayloadError at "),
-    ([b""], 2, APOLOGY, "the answer broke off"),
+    ([b""], 2, APOLOGY, "it broke off"),
     ([GARBLED], 2, APOLOGY, "UnknownApiResponseError at "),
     ([SAFETY, forever], 2, APOLOGY, "Gemini ended the answer: SAFETY"),
     ((403,), 1, APOLOGY, "ClientError 403 STATUS first_word"),
@@ -900,7 +898,7 @@ WELL, STORY = f"Well. {APOLOGY}", "Once upon a time."
     (["Well.", BLOCKED, forever], 1, WELL, "PROHIBITED_CONTENT"),
     (["Well.", SAFETY, forever], 1, WELL, "Gemini ended the answer: SAFETY"),
     (["Well.", CUT], 1, WELL, "ClientPayloadError at "),
-    (["Well.", b""], 1, WELL, "the answer broke off"),
+    (["Well.", b""], 1, WELL, "it broke off"),
     (["Well.", forever], 1, WELL, "TimeoutError: nothing came for 0.3 s"),
     ([[THOUGHT], [THOUGHT, {"text": "\u597d"}]], 1, "\u597d", ""),
     ([chunk("Once ", "STOP"), chunk("upon a time.", "STOP"), b""], 1, STORY, ""),
@@ -975,7 +973,7 @@ class Kitchen:
 
 
 def blows_up() -> None:
-    raise ValueError("secret words \ud800")
+    raise ValueError("secret words")
 
 
 def blocks() -> None:
@@ -1037,7 +1035,7 @@ async def test_tools_run_at_once_and_nobody_waits_for_them(serve: Serve) -> None
 
 
 @cases(
-    (call("blows_up"), "ValueError: secret words ?"),
+    (call("blows_up"), "ValueError: secret words"),
     (call("quits"), "SystemExit: secret words"),
     (call("is_cancelled"), "CancelledError"),
     (call("forever"), "may go on. Do not call it again unasked."),
@@ -1336,8 +1334,7 @@ async def test_a_chat_shows_what_an_agent_sends_and_adds_to_webhooks(run: Run) -
     (["chat", "--event", "[1]"], 2, "JSON object"),
     (["PORT=abc"], 1, "agent.py: PORT=abc is not a number"),
     (["HOST=nope.invalid"], 1, "HOST=nope.invalid PORT=3000 cannot be listened on"),
-    (["PORT={port}"], 1, "Is the agent running already?"),
-    (["LOG_LEVEL=loud"], 1, "agent.py: LOG_LEVEL="),
+    (["PORT={port}"], 1, "address already in use"),
 )
 async def test_a_start_that_cannot_be_ends_with_one_line(
     run: Run, aiohttp_server: AiohttpServer, words: list[str], status: int, told: str
@@ -1380,12 +1377,13 @@ async def test_an_agent_of_one_s_own_is_served_interrupted_and_stopped(
             await caller.another().say()
         if times == 2:
             process.send_signal(how)
+            with pytest.raises(aiohttp.ClientError):
+                await response.read()
         else:
             gate.open()
-        rest = await response.text()
+            assert "a time." in await response.text()
     status, errors = await end_of(process)
     assert (status, "Traceback" in errors) == (0, False)
-    assert ("a time." in rest, "response.end" in rest) == (times == 1, True)
     outcome = "spoken" if times == 1 else "cut off by the stop"
     assert re.search(f" INFO conversation='.*' turn='.*' {outcome} first_word=", errors)
 
@@ -1396,7 +1394,8 @@ async def test_it_serves_this_machine_only_and_says_what_is_not_configured(
     process = await run(PORT=str(unused_tcp_port), LAYERCODE_API_KEY=API_KEY)
     said = await printed(process, f"http://localhost:{unused_tcp_port}\n")
     assert said.startswith(f"Up: http://127.0.0.1:{unused_tcp_port}\n")
-    assert "LAYERCODE_WEBHOOK_SECRET is not set" in said and "or your reply()" in said
+    assert "LAYERCODE_WEBHOOK_SECRET is not set" in said
+    assert "LAYERCODE_API_KEY is" not in said
     assert API_KEY not in said and "may start calls: override admit()" in said
     with pytest.raises(ConnectionError):
         socket.create_connection(("127.0.0.2", unused_tcp_port))

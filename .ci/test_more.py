@@ -26,7 +26,7 @@ async def test_reply_can_be_called_without_a_server_or_a_key() -> None:
     history = [Turn(text) for text in ("one", "two", "three", "four")]
     said = "".join([str(piece) async for piece in Agent(OFFLINE).reply({}, history)])
     assert "'four' and before that 'three' and before that 'two'. Set GOOGLE" in said
-    with pytest.raises(RuntimeError, match="GOOGLE_GENERATIVE_AI_API_KEY"):
+    with pytest.raises(AssertionError, match="GOOGLE_GENERATIVE_AI_API_KEY"):
         await anext(Agent(OFFLINE).ask(history))
 
 
@@ -90,25 +90,11 @@ async def test_a_method_that_does_not_yield_is_told_by_its_name(serve: Serve) ->
         assert f" failed: Wrong.{method}() must be an async def that yields" in line
 
 
-async def test_what_cannot_be_a_tool_is_told_by_its_name(serve: Serve) -> None:
-    def waits(gate: asyncio.Event) -> None: ...
-
+async def test_a_tool_of_positions_costs_no_answer(serve: Serve) -> None:
     def counts(number: int, /) -> None: ...
 
-    caller = await serve(one := Own(given=[waits]))
-    assert await caller.say("hello") == APOLOGY
-    assert " failed: waits() cannot be a tool" in caller.log()[0]
-    one.given = [counts]
+    caller = await serve(Own(given=[counts]))
     assert await caller.say("hello") == SURE
-
-
-async def test_many_pieces_at_once_keep_nobody_waiting(serve: Serve) -> None:
-    caller = await serve(one := Own(*[""] * 20_000, "Done."))
-    answer = asyncio.create_task(caller.say("hello"))
-    await until(lambda: one.events)
-    other = asyncio.create_task(caller.status(b""))
-    await asyncio.wait([answer, other], return_when=asyncio.FIRST_COMPLETED)
-    assert (answer.done(), await answer) == (False, "Done.")
 
 
 @cases((0.05, 2), (test_agent.NEVER, 1))
@@ -143,9 +129,7 @@ async def test_a_reply_may_take_long(serve: Serve, monkeypatch: Patch) -> None:
 LEVEL = {"thinking_level": "HIGH"}
 
 
-@cases(
-    ("HIGH", LEVEL), *((f"{n}", {"thinking_budget": n}) for n in (0, -1)), ("", None)
-)
+@cases(("HIGH", LEVEL), ("high", LEVEL), ("", None))
 async def test_gemini_is_asked_as_our_settings_say_and_no_others(
     serve: Serve, monkeypatch: Patch, thinking: str, sent: Event | None
 ) -> None:
@@ -200,7 +184,7 @@ QUOTED = {"text": f'{{"error": "no {KEY},\\nn\u00f4r that"}}'}
     ({"status": 401, **QUOTED}, {}, (502, "Layercode answered 401")),
     ({"status": 307}, {}, (502, "Layercode answered 307")),
     ({"text": " " * (2**20 + 1)}, {}, (502, f"{AWAY} ClientPayloadError")),
-    ({}, {"AUTHORIZE_PATIENCE": 0}, (504, f"{AWAY} TimeoutError")),
+    ({}, {"AUTHORIZE_PATIENCE": 0}, (502, f"{AWAY} TimeoutError")),
 )
 async def test_the_page_gets_layercode_s_answer_or_why_there_is_none(
     serve: Serve, answer: Event, limits: Any, told: tuple[int, str]
@@ -225,16 +209,6 @@ async def test_certifi_s_authorities_are_known(monkeypatch: Patch) -> None:
     monkeypatch.setattr(certifi, "where", lambda: "nowhere.pem")
     with pytest.raises(FileNotFoundError):
         await web.AppRunner(Agent(OFFLINE).make_app()).setup()
-
-
-async def test_a_wrong_key_is_told_at_once(serve: Serve, gemini: Any) -> None:
-    async def refuse() -> web.Response:
-        return test_agent.refusal(400, "api_key_invalid")
-
-    gemini.look_up = refuse
-    caller = await serve(Agent(SETTINGS))
-    await until(caller.log)
-    assert "Gemini will refuse to answer: ClientError 400 " in caller.log()[0]
 
 
 UP = "The agent is up.\n"
@@ -288,18 +262,19 @@ async def test_strangers_write_few_lines_and_the_rest_is_counted(
             seen += await asyncio.wait_for(process.stderr.read(10_000), 0.001)
     process.terminate()
     seen += await process.stderr.read()
-    found = re.search(rb"\((\d+) lines like this were left out before\)\n", seen)
-    assert found and int(found[1]) + seen.count(b"\n") == 2 * refused
-    assert (
-        b"Traceback" not in seen and b"secret" not in seen and seen.count(b"\n") <= 10
-    )
+    told = re.findall(rb"\((\d+) lines like this were left out before\)\n", seen)
+    assert told and sum(map(int, told)) + seen.count(b"\n") <= 2 * refused
+    assert b"Traceback" not in seen and b"secret" not in seen
+    assert seen.count(b"\n") <= 3
 
 
 async def test_gemini_is_shown_that_tools_were_interrupted_before_a_word() -> None:
     ham = test_agent.call("order", dish="a ham")
-    turns = [Turn("A ham!", done=[{"role": "model", "parts": [ham]}]), Turn("Well?")]
-    interrupted = {"role": "model", "parts": [ham, {"text": "[interrupted]"}]}
-    assert agent.contents(turns)[1] == interrupted
+    called = {"role": "model", "parts": [ham]}
+    told = {"role": "user", "parts": [{"functionResponse": {"name": "order"}}]}
+    turns = [Turn("A ham!", done=[called, told]), Turn("Well?")]
+    interrupted = {"role": "model", "parts": [{"text": "[interrupted]"}]}
+    assert agent.contents(turns)[1:4] == [called, told, interrupted]
 
 
 @cases(("/agent", 401, "WEBHOOK_SECRET"), ("/authorize", 500, "API_KEY"))
