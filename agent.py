@@ -759,8 +759,7 @@ async def read_body(request: web.Request, limit: int) -> bytes:
         async with asyncio.timeout(BODY_PATIENCE):
             return await request.read()
     except (TimeoutError, web.RequestPayloadError):
-        reason = f"the body did not end within {BODY_PATIENCE:g} s"
-        raise web.HTTPRequestTimeout(reason=reason) from None
+        raise web.HTTPRequestTimeout(reason="the body came too slowly") from None
 
 
 def parse(body: bytes) -> Event:
@@ -905,7 +904,7 @@ async def ask_twice(
             if failure and not isinstance(failure, FinalError):
                 log.info("%s asks the model twice: %s", name_of_task(), cause(failure))
                 tasks.append(asyncio.create_task(begin()))
-            opening, request = await first_to_succeed(tasks)
+            opening, request = await (first_to_succeed(tasks) if failure else tasks[0])
         finally:
             for task in tasks:
                 if task.cancel():
@@ -918,12 +917,9 @@ async def ask_twice(
 
 async def first_to_succeed(tasks: list[asyncio.Task[T]]) -> T:
     """The first result of some tasks. If all fail, raises the last one's error."""
-    waiting = {*tasks}
-    while waiting:
-        done, waiting = await asyncio.wait(waiting, return_when="FIRST_COMPLETED")
-        for task in done:
-            if task.exception() is None:
-                return task.result()
+    for first in asyncio.as_completed(tasks):
+        with contextlib.suppress(Exception):
+            return await first
     return tasks[-1].result()
 
 
@@ -951,8 +947,7 @@ class Gemini:
         """Connects ahead of a question."""
         # If that fails, the question tells why.
         with contextlib.suppress(Exception):
-            async with asyncio.timeout(10):
-                await self.models.get(model=self.model)
+            await asyncio.wait_for(self.models.get(model=self.model), timeout=10)
 
     def ask(
         self, history: list[Turn], config: Config, has_words: Callable[[Chunk], bool]
@@ -990,7 +985,11 @@ class Gemini:
                         chunk = await anext(chunks)
                 else:
                     chunk = await anext(chunks)
-                ending = ending_of(chunk) or ending
+                prompt = chunk.prompt_feedback
+                if prompt and prompt.block_reason:
+                    raise BlockedError(f"Gemini blocked it: {prompt.block_reason.name}")
+                if chunk.candidates and chunk.candidates[0].finish_reason:
+                    ending = chunk.candidates[0].finish_reason.name
                 yield chunk
         except (StopAsyncIteration, TimeoutError):
             if ending not in ("STOP", "MAX_TOKENS"):
@@ -1024,24 +1023,9 @@ class Gemini:
         return FinalError(told) if is_final else ModelError(told)
 
 
-def ending_of(chunk: Chunk) -> str:
-    """Why the answer ends with a chunk, in Gemini's words; empty if it goes on."""
-    feedback = chunk.prompt_feedback
-    if feedback and feedback.block_reason:
-        raise BlockedError(f"Gemini blocked it: {feedback.block_reason.name}")
-    end = chunk.candidates[0].finish_reason if chunk.candidates else None
-    return end.name if end else ""
-
-
 def speaks(chunk: Chunk) -> bool:
     """Whether a chunk has words to read aloud, beside marks, or calls a tool."""
-    return any(map(str.isalnum, words_of(chunk))) or bool(chunk.function_calls)
-
-
-def words_of(chunk: Chunk) -> str:
-    """The words of a chunk, without the model's thoughts."""
-    parts = [part for part in chunk.parts or [] if not part.thought]
-    return "".join(part.text or "" for part in parts)
+    return any(map(str.isalnum, chunk.text or "")) or bool(chunk.function_calls)
 
 
 async def stand_in(history: list[Turn]) -> Speech:
@@ -1091,7 +1075,7 @@ class Answer:
             async with contextlib.aclosing(self.ask(rounds_left)) as chunks:
                 async for chunk in chunks:
                     parts += chunk.parts or []
-                    text = words_of(chunk)
+                    text = chunk.text or ""
                     words += text
                     yield text
             self.has_answered = self.has_answered or words.strip() != ""
@@ -1206,10 +1190,9 @@ def state_of(call: types.FunctionCall, state: str) -> Event:
 
 
 async def in_thread(function: Callable[[], T]) -> T:
-    """What a blocking function returns, or raises, in a thread of its own.
+    """What a blocking function returns, or raises, in a daemon thread of its own.
 
-    One that hangs holds up no other, as in asyncio.to_thread(), which has few
-    threads, nor the end of Python, which does not wait for daemons.
+    asyncio.to_thread() has few, and Python's end waits for one that hangs.
     """
     outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
     # Nobody can cancel it from here on.

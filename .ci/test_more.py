@@ -115,6 +115,23 @@ async def test_a_slow_answer_counts_after_a_second_failed(
     assert " failed: ServerError 503 " in caller.log()[-1]
 
 
+async def test_a_third_turn_waits_for_the_record_of_the_first(serve: Serve) -> None:
+    store = test_agent.Store(finished=(gate := test_agent.Gate()))
+    script = ["Well, ", test_agent.forever]
+    caller = await serve(Agent(SETTINGS, store), [script], RECORD_PATIENCE=20)
+    async with caller.post(caller.event("one")) as response:
+        await caller.hear(response, "Well, ")
+        two = asyncio.create_task(caller.answer(caller.event("two")))
+        await gate.reached.wait()
+        three = asyncio.create_task(caller.say("three"))
+        await until(lambda: len(caller.log()) == 2)
+        await caller.status(b"")
+        gate.open()
+        await asyncio.wait([two, three])
+    shown = ["one", "Well,  [interrupted]", "two", "three"]
+    assert caller.gemini.shown() == shown
+
+
 async def test_a_reply_may_take_long(serve: Serve, monkeypatch: Patch) -> None:
     async def five_seconds_go_by() -> None:
         now = loop.time
