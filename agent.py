@@ -106,7 +106,7 @@ TOLERANCE = 300
 MAX_ROUNDS = 5
 # Bytes of a webhook, with its transcript.
 MAX_BODY = 2**20
-# Bytes of what a page sends: parsing blocks all.
+# Bytes from a page: to parse them blocks all.
 MAX_PAGE = 2**16
 # Turns of a conversation, for the model, too.
 MAX_TURNS = 50
@@ -210,7 +210,7 @@ class Agent:
     # Seconds of nothing until the apology. Here
     # and below, float("inf") means never.
     patience = 8.0
-    # Seconds of nothing until it is asked again.
+    # Seconds until the model is asked again.
     ask_again_after = 2.5
 
     http: aiohttp.ClientSession
@@ -225,7 +225,7 @@ class Agent:
         self.tasks: set[asyncio.Task[Any]] = set()
         # By conversation, its latest reply.
         self.replies = Running()
-        # By conversation and turn_id, its tools.
+        # By conversation and turn, its tools.
         self.tools_running = Running()
         self.is_stopping = False
 
@@ -488,7 +488,7 @@ class Server:
         # In old webhooks, it is the session.
         event["conversation_id"] = text_of(event, "conversation_id", "session_id")
         kind = text_of(event, "type")
-        # Without a turn_id, it is a mere notice.
+        # Without a turn_id, it is a notice.
         is_start = kind == "session.start" and event.get("turn_id") is not None
         if not is_start and kind not in ("message", "welcome"):
             # Layercode may not wait for the answer.
@@ -594,12 +594,13 @@ class Reply:
             "X-Accel-Buffering": "no",
         }
         self.response = web.StreamResponse(headers=headers)
-        self.plain = Plain()
+        # The last character, then what may be a mark.
+        self.rest = "\n"
         # With no greeting, the caller begins.
-        self.has_answered = self.is_greeting
+        self.may_be_silent = self.is_greeting
         self.started = time.monotonic()
-        # The times at which words were written.
-        self.times: list[str] = []
+        # Milliseconds until words were written.
+        self.times: list[float] = []
         self.earlier = agent.replies.get(self.key[0])
         name = f"conversation={self.key[0]!r} turn={self.key[1]!r}"
         self.task = agent.start(self.run(), name)
@@ -610,12 +611,13 @@ class Reply:
         outcome = "interrupted"
         with contextlib.suppress(asyncio.CancelledError, ConnectionError):
             outcome = await self.speak()
-        first = self.times[0] if self.times else "none"
-        figures = f"first_word={first} total={self.time()} chunks={len(self.times)}"
+        total = 1000 * (time.monotonic() - self.started)
+        first = f"{self.times[0]:.0f}ms" if self.times else "none"
+        figures = f"first_word={first} total={total:.0f}ms chunks={len(self.times)}"
         level = logging.WARNING if "failed" in outcome else logging.INFO
         log.log(level, "%s %s %s", name_of_task(), outcome, figures)
         if self.earlier is not None:
-            # This one may not have waited for it.
+            # It may not have waited for it.
             await asyncio.wait([self.earlier], timeout=RECORD_PATIENCE)
         if "spoken" in self.facts:
             self.facts |= {"spoken": self.turn.spoken, "finished": self.turn.finished}
@@ -625,7 +627,6 @@ class Reply:
     async def speak(self) -> str:
         """Writes the answer, or the apology, and response.end; returns what it was."""
         outcome = "spoken"
-        apology = ""
         patience = self.agent.patience
         wait = asyncio.timeout(patience)
         try:
@@ -633,25 +634,20 @@ class Reply:
             # A slow store is like a silent model.
             async with wait, contextlib.aclosing(await self.begin()) as pieces:
                 async for piece in pieces:
-                    if self.task.cancelling():
-                        raise asyncio.CancelledError
                     await self.say(piece)
                     wait.reschedule(asyncio.get_running_loop().time() + patience)
-            if not self.has_answered:
+            if not self.times and not self.may_be_silent:
                 raise ModelError("nothing was said")
         except BaseException as error:
             outcome = "cut off by the stop"
             if not self.task.cancelling():
                 why = f"TimeoutError: nothing came for {patience:g} s"
                 outcome = f"failed: {why if wait.expired() else cause(error)}"
-                apology = (" " if self.turn.spoken else "") + self.agent.apology
                 if isinstance(error, BlockedError):
                     # Shown this turn, the model would be blocked again.
                     self.facts |= {"user": "", "heard": "", "done": []}
-            elif not self.agent.is_stopping:
-                # It says nothing more, whatever is raised.
-                raise asyncio.CancelledError from error
-        await self.say(apology)
+                space = " " if self.turn.spoken else ""
+                await self.say(space + self.agent.apology)
         await self.say({"type": "response.end"})
         self.turn.finished = not self.task.cancelling()
         return outcome
@@ -675,17 +671,16 @@ class Reply:
         known = turns.pop(turn_id, self.turn)
         if known.finished or has_later:
             self.facts = {}
-            self.has_answered = True
+            self.may_be_silent = True
             return say_once(known.spoken)
         self.turn.done = known.done
         match self.event.get("interruption_context"):
             case {"previous_turn_interrupted": True, **report}:
-                # Without an id, it is the latest.
+                # Else, it is the latest.
                 named = report.get("assistant_turn_id") or next(reversed(turns), "")
                 heard = report.get("text_heard")
                 # If nobody knows how much, it is cut off.
-                is_known = isinstance(heard, str)
-                facts: Event = {"heard": heard} if is_known else {"finished": False}
+                facts = {"finished": False} if heard is None else {"heard": heard}
                 if named in list(turns):
                     turns[named] = dataclasses.replace(turns[named], **facts)
                     await self.agent.histories.record(conversation, named, **facts)
@@ -710,11 +705,14 @@ class Reply:
 
     async def say(self, piece: str | Event) -> None:
         """Writes a piece of the answer. Raises LoggedError for what is none."""
+        if self.task.cancelling() and not self.agent.is_stopping:
+            # It says nothing more, whatever is raised.
+            raise asyncio.CancelledError
         try:
             if isinstance(piece, str):
                 piece = {"type": "response.tts", "content": piece}
             is_speech = piece["type"] == "response.tts"
-            words = self.plain.add(piece["content"] if is_speech else "", not is_speech)
+            words = self.plain(piece["content"] if is_speech else "", not is_speech)
             text = self.frame({"type": "response.tts", "content": words})
             text = (text if words else "") + ("" if is_speech else self.frame(piece))
         except Exception as error:
@@ -722,18 +720,23 @@ class Reply:
             raise LoggedError(f"{self.place} {what} as JSON: {error}") from None
         self.turn.spoken += words
         if words.strip():
-            self.times.append(self.time())
-        self.has_answered = self.has_answered or words.strip() != "" or not is_speech
+            self.times.append(1000 * (time.monotonic() - self.started))
+        self.may_be_silent = self.may_be_silent or not is_speech
         await self.response.write(text.encode())
+
+    def plain(self, words: str, is_end: bool) -> str:
+        """What can be spoken now, without marks, of more words: at the end, all."""
+        text = self.rest + words
+        open_end = OPEN_END.search(text, 1)
+        end = open_end.start() if open_end and not is_end else len(text)
+        self.rest = text[end - 1 :]
+        # The first one is spoken already.
+        return MARKS.sub(r"\g<text>", text[:end])[1:]
 
     def frame(self, event: Event) -> str:
         """An event as Layercode reads it. Raises ValueError for NaN."""
         text = json.dumps({**event, "turn_id": self.key[1]}, allow_nan=False)
         return f"data: {text}\n\n"
-
-    def time(self) -> str:
-        """The milliseconds since the webhook came."""
-        return f"{1000 * (time.monotonic() - self.started):.0f}ms"
 
 
 async def say_once(words: str) -> Speech:
@@ -786,8 +789,8 @@ def text_of(event: Event, name: str, older_name: str = "") -> str:
 # What would be read aloud, or not understood: Markdown's marks, and the mark
 # of an interruption, which models copy. Arithmetic stays: 2*3, 5 * 3, 2**3.
 MARKS = re.compile(
-    # A heading, a quotation, a list.
-    r"(?!\A)(?:(?<=\n)[ \t]*(?:#{1,6} |> ?|[-*+] )"
+    # What begins a mark, for speed; a heading, a quotation, a list.
+    r"(?!\A)(?=[-+*_#>`!\[ \t])(?:(?<=\n)[ \t]*(?:#{1,6} |> ?|[-*+] )"
     # [interrupted]; a link, whose text stays.
     r"|\[(?i:interrupted)\]|!?\[(?P<text>[^\[\]\n]*)\]\([^()\s]*\)"
     # Code, bold, emphasis.
@@ -799,25 +802,6 @@ OPEN_END = re.compile(
     r"(?:(?<=\n)[ \t]*(?:#{1,6}|>|[-*+])?|[*_]+"
     r"|\[[^\[\]\n]{0,200}(?:\](?:\([^()\s]{0,200})?)?)\Z"
 )
-
-
-class Plain:
-    """Takes the marks that are not to be read aloud out of words in pieces."""
-
-    # What was taken last: a mark depends on it.
-    before = "\n"
-    # What may be a mark, until more comes.
-    held = ""
-
-    def add(self, words: str, is_end: bool = False) -> str:
-        """Takes more words; returns what can be spoken now: at the end, all of it."""
-        text = self.before + self.held + words
-        end = OPEN_END.search(text, 1)
-        self.held = end[0] if end and not is_end else ""
-        text = text.removesuffix(self.held)
-        self.before = text[-1]
-        # What stood before is spoken already.
-        return MARKS.sub(r"\g<text>", text)[1:]
 
 
 # ---- The signature
@@ -1074,8 +1058,9 @@ class Answer:
             words = ""
             async with contextlib.aclosing(self.ask(rounds_left)) as chunks:
                 async for chunk in chunks:
-                    parts += chunk.parts or []
-                    text = chunk.text or ""
+                    new = [part for part in chunk.parts or [] if part.text != ""]
+                    parts += new
+                    text = "".join(one.text or "" for one in new if not one.thought)
                     words += text
                     yield text
             self.has_answered = self.has_answered or words.strip() != ""
