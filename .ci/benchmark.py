@@ -143,7 +143,6 @@ async def measure(editions: list[str]) -> None:
         for which, code in programs:
             one = stack.enter_context(served(which, gemini, code, PYTHONPATH=here))
             servers.append(one)
-            # To warm up.
             await crowd(one.port, 50, 2)
         # Two conversations of 30 turns of each caller.
         names = [f"long{part // 15}" for part in range(30)]

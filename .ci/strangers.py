@@ -126,7 +126,6 @@ async def take_turns(port: int, seconds: float) -> list[float]:
     over = time.perf_counter() + seconds
 
     async def call(number: int) -> None:
-        # Not all at once.
         await asyncio.sleep(number / CALLERS)
         caller = Caller(port, f"{over}-{number}")
         while time.perf_counter() < over:
