@@ -49,7 +49,6 @@ SECRET, GEMINI_KEY, API_KEY = "a webhook secret", "GEMINI-KEY", "LAYERCODE-KEY"
 OFFLINE = Settings(layercode_webhook_secret=SECRET, layercode_api_key=API_KEY)
 SETTINGS = replace(OFFLINE, google_generative_ai_api_key=GEMINI_KEY)
 GREETING, APOLOGY, NEVER = Agent.greeting, Agent.apology, float("inf")
-# What Gemini says where a test has no script for it.
 SURE = "Sure, no problem."
 ids = count(1)
 Test = TypeVar("Test", bound=Callable[..., Any])
@@ -701,7 +700,7 @@ async def test_a_webhook_is_answered_or_told_what_is_wrong_with_it(
 
 SIGNED = f"layercode-signature: {sign(b'1', SECRET)}"
 ONE, NINE = "Content-Length: 1", "Content-Length: 9"
-CHUNKS, GZIP = "Transfer-Encoding: chunked", "Content-Encoding: gzip"
+CHUNKS = "Transfer-Encoding: chunked"
 
 
 @cases(
@@ -710,7 +709,6 @@ CHUNKS, GZIP = "Transfer-Encoding: chunked", "Content-Encoding: gzip"
     ("/agent", [NINE, "layercode-signature: t=1,v1=0"], "401 "),
     ("/agent", [NINE, SIGNED], "408 "),
     ("/authorize", [NINE], "408 "),
-    ("/agent", [ONE, SIGNED, GZIP], "400 "),
     ("/agent", [ONE, "layercode-signature: \xe9"], "401 "),
     ("/agent", [ONE, SIGNED[:35] + "1=\xe9"], "401 "),
     (f"/{'nowhere' * 99}", [ONE], "404 Not Found"),
@@ -746,12 +744,13 @@ async def test_what_a_reply_yields_is_sent_or_what_is_wrong_with_it_told(
     serve: Serve, pieces: list[Any], said: str, why: str
 ) -> None:
     caller = await serve(one := Own(*pieces))
-    frames = await caller.frames(caller.event("hello"))
+    frames = await caller.frames(event := caller.event("hello"))
     assert words(frames).strip() == said
     events = [piece for piece in pieces if piece in (DATA, HANG_UP)]
     assert [frame for frame in frames if frame["type"] != "response.tts"] == events
     [line] = caller.log()
     assert f" {why}" in line
+    assert words(await caller.frames(event)).strip() == said
     one.pieces = ("Well.",)
     await caller.say("two")
     assert one.history[0].spoken.strip() == said
@@ -1054,7 +1053,7 @@ async def test_a_tool_that_fails_costs_no_answer_and_gemini_is_told_why(
     name = called["functionCall"]["name"].removeprefix("default_api.")
     states = [one["content"] for one in frames if one["type"] == "response.data"]
     assert states == [{"tool": name, "state": one} for one in ("running", "failed")]
-    assert f"tool '{name}' failed: " in str(caller.log()) or "no tool" in told
+    assert f"' tool '{name}' failed: " in "".join(caller.log()) or "no tool" in told
 
 
 @cases(*product([Histories, Store], ["says more", "again", "again after a hang-up"]))
@@ -1335,6 +1334,7 @@ async def test_a_chat_shows_what_an_agent_sends_and_adds_to_webhooks(run: Run) -
     (["chat", "--event", "[1]"], 2, "JSON object"),
     (["PORT=abc"], 1, "agent.py: PORT=abc is not a number"),
     (["HOST=nope.invalid"], 1, "HOST=nope.invalid PORT=3000 cannot be listened on"),
+    (["PORT=99999"], 1, "PORT=99999 cannot be listened on"),
     (["PORT={port}"], 1, "address already in use"),
 )
 async def test_a_start_that_cannot_be_ends_with_one_line(
