@@ -53,6 +53,7 @@ from collections.abc import AsyncGenerator as Stream
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
+from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
 from weakref import WeakValueDictionary
 
 import aiohttp
@@ -418,6 +419,26 @@ def contents(history: list[Turn]) -> list[Event]:
     return merged
 
 
+# ---- What is read aloud
+
+# What would be read aloud, or not understood: Markdown's marks, and the mark
+# of an interruption, which models copy. Arithmetic stays: 2*3, 5 * 3, 2**3.
+MARKS = re.compile(
+    # What begins a mark, for speed; a heading, a quotation, a list.
+    r"(?!\A)(?=[-+*_#>`!\[ \t])(?:(?<=\n)[ \t]*(?:#{1,6} |> ?|[-*+] )"
+    # [interrupted]; a link, whose text stays.
+    r"|\[(?i:interrupted)\]|!?\[(?P<text>[^\[\]\n]*)\]\([^()\s]*\)"
+    # Code, bold, emphasis.
+    r"|`+|(?<!\d)\*{2,}|\*{2,}(?!\d)|__+"
+    r"|(?<![\w*])[*_](?![\s*_])|(?<![\s*_])[*_](?![\w*]))"
+)
+# An end that may be a mark: what follows tells.
+OPEN_END = re.compile(
+    r"(?:(?<=\n)[ \t]*(?:#{1,6}|>|[-*+])?|[*_]+"
+    r"|\[[^\[\]\n]{0,200}(?:\](?:\([^()\s]{0,200})?)?)\Z"
+)
+
+
 # ---- The webhook, and web pages
 class Server:
     """Answers webhooks and web pages for an agent, and turns strangers away."""
@@ -617,7 +638,7 @@ class Reply:
         level = logging.WARNING if "failed" in outcome else logging.INFO
         log.log(level, "%s %s %s", name_of_task(), outcome, figures)
         if self.earlier is not None:
-            # It may not have waited for it.
+            # This one may not have waited.
             await asyncio.wait([self.earlier], timeout=RECORD_PATIENCE)
         if "spoken" in self.facts:
             self.facts |= {"spoken": self.turn.spoken, "finished": self.turn.finished}
@@ -676,7 +697,7 @@ class Reply:
         self.turn.done = known.done
         match self.event.get("interruption_context"):
             case {"previous_turn_interrupted": True, **report}:
-                # Else, it is the latest.
+                # Without an id, the latest.
                 named = report.get("assistant_turn_id") or next(reversed(turns), "")
                 heard = report.get("text_heard")
                 # If nobody knows how much, it is cut off.
@@ -782,26 +803,6 @@ def text_of(event: Event, name: str, older_name: str = "") -> str:
     if not isinstance(value, str) or not value:
         raise web.HTTPBadRequest(reason=f"{name} is missing or not a text")
     return value
-
-
-# ---- What is read aloud
-
-# What would be read aloud, or not understood: Markdown's marks, and the mark
-# of an interruption, which models copy. Arithmetic stays: 2*3, 5 * 3, 2**3.
-MARKS = re.compile(
-    # What begins a mark, for speed; a heading, a quotation, a list.
-    r"(?!\A)(?=[-+*_#>`!\[ \t])(?:(?<=\n)[ \t]*(?:#{1,6} |> ?|[-*+] )"
-    # [interrupted]; a link, whose text stays.
-    r"|\[(?i:interrupted)\]|!?\[(?P<text>[^\[\]\n]*)\]\([^()\s]*\)"
-    # Code, bold, emphasis.
-    r"|`+|(?<!\d)\*{2,}|\*{2,}(?!\d)|__+"
-    r"|(?<![\w*])[*_](?![\s*_])|(?<![\s*_])[*_](?![\w*]))"
-)
-# An end that may be a mark: what follows tells.
-OPEN_END = re.compile(
-    r"(?:(?<=\n)[ \t]*(?:#{1,6}|>|[-*+])?|[*_]+"
-    r"|\[[^\[\]\n]{0,200}(?:\](?:\([^()\s]{0,200})?)?)\Z"
-)
 
 
 # ---- The signature
@@ -1245,7 +1246,7 @@ CONTROLS = dict.fromkeys([*range(10), *range(11, 32), *range(127, 160)])
 def chat(agent: Agent, url: str | None, fields: Event) -> None:
     """Chats with the agent at a URL, or with this one. Raises SettingsError."""
     # No proxy leads to the agent served here.
-    proxies = urllib.request.ProxyHandler(None if url else {})
+    opener = build_opener(ProxyHandler(None if url else {}))
     url = url or serve_beside(agent)
     secret = agent.settings.layercode_webhook_secret
     print("Ctrl-C interrupts the agent. Hang up with Ctrl-D.\n")
@@ -1255,13 +1256,11 @@ def chat(agent: Agent, url: str | None, fields: Event) -> None:
     with contextlib.suppress(EOFError):
         while True:
             event = {**fields, **event, "turn_id": os.urandom(8).hex()}
-            report = listen(urllib.request.build_opener(proxies), url, secret, event)
+            report = listen(opener, url, secret, event)
             event = {"type": "message", "text": input("> "), **report}
 
 
-def listen(
-    opener: urllib.request.OpenerDirector, url: str, secret: str, event: Event
-) -> Event:
+def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event:
     """Posts a webhook and prints the answer; returns what the next one reports.
 
     Raises EOFError if the agent hangs up, SettingsError if it does not answer.
@@ -1272,7 +1271,7 @@ def listen(
     try:
         body = json.dumps(event).encode()
         headers = {"layercode-signature": sign(body, secret)}
-        request = urllib.request.Request(url, body, headers)
+        request = Request(url, body, headers)
         with opener.open(request, timeout=CHAT_PATIENCE) as answer:
             for line in answer:
                 if line.startswith(b"data:"):
@@ -1319,9 +1318,8 @@ def serve_beside(agent: Agent) -> str:
 
 def serve(agent: Agent) -> None:
     """Serves the agent until the process is told to stop. Raises SettingsError."""
-    settings = agent.settings
-    host = settings.host
-    port = settings.port
+    host = agent.settings.host
+    port = agent.settings.port
 
     def when_up(_: str) -> None:
         # All wait 60 ms when the collector looks at
@@ -1330,27 +1328,31 @@ def serve(agent: Agent) -> None:
         print(f"Up: http://{host}:{port}")
         for field in dataclasses.fields(Settings):
             # What is not shown is a secret.
-            if not field.repr and not getattr(settings, field.name):
+            if not field.repr and not getattr(agent.settings, field.name):
                 print(f"{field.name.upper()} is not set: see .env.example.")
-        if settings.layercode_api_key and type(agent).admit is Agent.admit:
+        if agent.settings.layercode_api_key and type(agent).admit is Agent.admit:
             print("Everyone who reaches /authorize may start calls: override admit().")
         print(f"Next: cloudflared tunnel --url http://localhost:{port}", flush=True)
 
     async def when_stopped(app: web.Application) -> None:
         calls = sum(not reply.done() for reply in agent.replies.values())
-        print(f"Finishing {calls} calls; once more stops at once.", flush=True)
+        if calls:
+            print(f"Finishing {calls} calls; once more stops at once.", flush=True)
 
+    # First, so that an error of the agent's start is not taken for this one.
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError, UnicodeError) as error:
+        where = f"HOST={host} PORT={port}"
+        raise SettingsError(f"{where} cannot be listened on: {error}") from None
     app = agent.make_app()
     app.on_shutdown.insert(0, when_stopped)
     refusals.addFilter(Sparing())
     # In a flood, who finds aiohttp's queue of 128
     # full tries again after a second.
     options = {"backlog": 1024, "logger": refusals, **RUNNER_OPTIONS}
-    try:
-        web.run_app(app, print=when_up, host=host, port=port, **options)
-    except (OSError, OverflowError, UnicodeError) as error:
-        where = f"HOST={host} PORT={port}"
-        raise SettingsError(f"{where} cannot be listened on: {error}") from None
+    web.run_app(app, sock=listener, print=when_up, **options)
 
 
 def main(agent: type[Agent] = Agent) -> None:

@@ -1335,7 +1335,7 @@ async def test_a_chat_shows_what_an_agent_sends_and_adds_to_webhooks(run: Run) -
     (["PORT=abc"], 1, "agent.py: PORT=abc is not a number"),
     (["HOST=nope.invalid"], 1, "HOST=nope.invalid PORT=3000 cannot be listened on"),
     (["PORT=99999"], 1, "PORT=99999 cannot be listened on"),
-    (["PORT={port}"], 1, "address already in use"),
+    (["PORT={port}"], 1, "Address already in use"),
 )
 async def test_a_start_that_cannot_be_ends_with_one_line(
     run: Run, aiohttp_server: AiohttpServer, words: list[str], status: int, told: str
