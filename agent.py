@@ -124,7 +124,7 @@ RUNNER_OPTIONS: dict[str, Any] = {
     "keepalive_timeout": 120,
     # For the rest of a body that was refused.
     "lingering_time": 2,
-    # Twice, for requests after Agent.stop().
+    # After Agent.stop(); aiohttp waits it twice.
     "shutdown_timeout": 1,
     "access_log": None,
 }
@@ -209,7 +209,7 @@ class Agent:
     # For slow tools, if nothing has been said.
     filler = "One moment, please."
     # Seconds of nothing until the apology. Here
-    # and below, float("inf") means never.
+    # and next, float("inf") means never.
     patience = 8.0
     # Seconds until the model is asked again.
     ask_again_after = 2.5
@@ -259,7 +259,8 @@ class Agent:
         sync one runs in a thread, an async one must not block; they have
         TOOL_PATIENCE seconds, and go on when the caller interrupts. A dict
         {"type": "response.data", "content": ...} goes to the page as well, and
-        {"type": "response.hangup"} ends the call after the last word.
+        {"type": "response.hangup"} ends the call after the last word; but not
+        after an interruption.
         """
         return []
 
@@ -295,7 +296,7 @@ class Agent:
     def make_app(self) -> web.Application:
         """The aiohttp application, to run with RUNNER_OPTIONS, or to mount."""
         server = Server(self)
-        app = web.Application(middlewares=[server.guard])
+        app = web.Application(middlewares=[server.guard], client_max_size=MAX_BODY)
         app.router.add_get("/", server.show)
         for prefix in ("", "/api"):
             app.router.add_post(f"{prefix}/agent", server.receive)
@@ -309,7 +310,7 @@ class Agent:
     async def connected(self, app: web.Application) -> AsyncIterator[None]:
         """Opens `http` and `gemini`, and closes them at the end."""
         trusted = ssl.create_default_context()
-        # Python on a Mac has none of its own.
+        # Python on a Mac may know none.
         trusted.load_verify_locations(certifi.where())
         async with aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=300, ssl=trusted),
@@ -601,12 +602,12 @@ class Reply:
         self.event = event
         self.key = (event["conversation_id"], text_of(event, "turn_id"))
         self.is_greeting = event["type"] != "message"
-        # The last one in reply()'s history.
+        # Ends the history that reply() gets.
         self.turn = Turn()
         # Without text, nothing was understood.
         if not self.is_greeting and event.get("text") not in ("", None):
             self.turn.user = text_of(event, "text").strip()
-        # For the history, in the end.
+        # To record; if empty, nothing is.
         self.facts: Event = {"user": self.turn.user}
         headers = {
             "Content-Type": "text/event-stream",
@@ -620,7 +621,7 @@ class Reply:
         # With no greeting, the caller begins.
         self.may_be_silent = self.is_greeting
         self.started = time.monotonic()
-        # Milliseconds until words were written.
+        # Of each piece of words, in milliseconds.
         self.times: list[float] = []
         self.earlier = agent.replies.get(self.key[0])
         name = f"conversation={self.key[0]!r} turn={self.key[1]!r}"
@@ -638,7 +639,7 @@ class Reply:
         level = logging.WARNING if "failed" in outcome else logging.INFO
         log.log(level, "%s %s %s", name_of_task(), outcome, figures)
         if self.earlier is not None:
-            # This one may not have waited.
+            # If begin() did not get to wait.
             await asyncio.wait([self.earlier], timeout=RECORD_PATIENCE)
         if "spoken" in self.facts:
             self.facts |= {"spoken": self.turn.spoken, "finished": self.turn.finished}
@@ -667,8 +668,7 @@ class Reply:
                 if isinstance(error, BlockedError):
                     # Shown this turn, the model would be blocked again.
                     self.facts |= {"user": "", "heard": "", "done": []}
-                space = " " if self.turn.spoken else ""
-                await self.say(space + self.agent.apology)
+                await self.say((" " if self.turn.spoken else "") + self.agent.apology)
         await self.say({"type": "response.end"})
         self.turn.finished = not self.task.cancelling()
         return outcome
@@ -678,14 +678,15 @@ class Reply:
 
         The caller's words come before the model is asked, so that none gets
         lost. A webhook may arrive twice: if its turn is finished, or a later
-        one has begun, the same words are spoken again. Otherwise it gets a new
-        answer, once its tools are over.
+        one has begun, the same words are spoken again, and nothing is recorded.
+        Otherwise it gets a new answer, once its tools are over.
         """
         if self.earlier is not None:
             cut_off(self.earlier)
             await asyncio.wait([self.earlier])
-        if self.key in self.agent.tools_running:
-            await asyncio.wait([self.agent.tools_running[self.key]])
+        tools = self.agent.tools_running.get(self.key)
+        if tools is not None:
+            await asyncio.wait([tools])
         conversation, turn_id = self.key
         turns = await self.agent.histories.load(conversation)
         has_later = turn_id in list(turns)[:-1]
@@ -700,7 +701,7 @@ class Reply:
                 # Without an id, the latest.
                 named = report.get("assistant_turn_id") or next(reversed(turns), "")
                 heard = report.get("text_heard")
-                # If nobody knows how much, it is cut off.
+                # Heard in part, nobody knows how much.
                 facts = {"finished": False} if heard is None else {"heard": heard}
                 if named in list(turns):
                     turns[named] = dataclasses.replace(turns[named], **facts)
@@ -946,7 +947,7 @@ class Gemini:
         # Every caller waits while google-genai builds contents, 0.25 ms for
         # each message. An extra_body is only merged, 1.5 ms for 40 turns.
         options: Any = dict(config.get("http_options") or {})
-        body = {"contents": contents(history), **options.get("extra_body", {})}
+        body = {"contents": contents(history), **(options.get("extra_body") or {})}
         if "system_instruction" not in config:
             instruction = f"{self.agent.persona}\n{self.agent.voice_rules}"
             body["systemInstruction"] = {"parts": [{"text": instruction}]}
@@ -959,7 +960,7 @@ class Gemini:
 
     async def ask_once(self, request: Config) -> Chunks:
         """Asks once and yields Gemini's chunks. Raises ModelError, aiohttp's errors."""
-        # The request has the contents.
+        # The extra_body has the contents.
         ask = self.models.generate_content_stream
         chunks = await ask(model=self.model, contents={}, config=request)
         ending = ""
@@ -1034,9 +1035,9 @@ HAS_BEGUN = {"output": "It has begun, and may go on. Do not call it again unaske
 class Answer:
     """Gemini's answer to a turn, with the tools that it calls on the way.
 
-    A tool is called once: the call is recorded before it begins, and it runs in
-    a task that a hang-up does not end. A webhook that is delivered again waits
-    for that task, and Gemini is shown what it gave.
+    A call runs once: it is recorded before it begins, and it runs in a task
+    that a hang-up does not end. A webhook that is delivered again waits for
+    that task, and Gemini is shown what it gave.
     """
 
     def __init__(self, gemini: Gemini, event: Event, history: list[Turn]) -> None:
@@ -1146,6 +1147,7 @@ class Answer:
         except BaseException as error:
             # SystemExit would end the server.
             log.warning("%s tool %.60r failed: %s", name_of_task(), name, cause(error))
+            # After a timeout, HAS_BEGUN stays.
             if not isinstance(error, TimeoutError):
                 answer["response"] = {"error": f"{type(error).__name__}: {error}"}
             return [state_of(call, "failed")]
@@ -1211,7 +1213,7 @@ def cause(error: BaseException) -> str:
     details.debug("%s", name_of_task(), exc_info=error)
     if isinstance(error, LoggedError):
         return str(error)
-    # Python's, what is installed, and no file.
+    # Python's, installed ones, and no file.
     libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<")
     place = "an unknown place"
     for frame in traceback.extract_tb(error.__traceback__):
@@ -1270,7 +1272,8 @@ def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event
     report: Event = {}
     try:
         body = json.dumps(event).encode()
-        headers = {"layercode-signature": sign(body, secret)}
+        headers = {"Content-Type": "application/json"}
+        headers["layercode-signature"] = sign(body, secret)
         request = Request(url, body, headers)
         with opener.open(request, timeout=CHAT_PATIENCE) as answer:
             for line in answer:
@@ -1349,8 +1352,8 @@ def serve(agent: Agent) -> None:
     app = agent.make_app()
     app.on_shutdown.insert(0, when_stopped)
     refusals.addFilter(Sparing())
-    # In a flood, who finds aiohttp's queue of 128
-    # full tries again after a second.
+    # In a flood, whoever finds aiohttp's queue
+    # of 128 full tries again after a second.
     options = {"backlog": 1024, "logger": refusals, **RUNNER_OPTIONS}
     web.run_app(app, sock=listener, print=when_up, **options)
 
@@ -1372,8 +1375,8 @@ def main(agent: type[Agent] = Agent) -> None:
         if arguments.command is None:
             serve(one)
             return
-        # Turns' lines would be among the words, and
-        # who chats may read their own.
+        # Turns' lines would be among the words;
+        # whoever chats may read their own.
         log.setLevel("WARNING")
         details.setLevel("DEBUG")
         chat(one, arguments.url, arguments.event)
