@@ -334,10 +334,12 @@ class Agent:
     async def stop(self, app: web.Application) -> None:
         """Lets what goes on end by itself for GRACE seconds, then cuts it off."""
         self.is_stopping = True
-        for seconds in (GRACE, 1):
-            if self.tasks:
-                await asyncio.wait(self.tasks, timeout=seconds)
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=GRACE)
             cut_off(*self.tasks)
+        if self.tasks:
+            # They record what they have spoken.
+            await asyncio.wait(self.tasks, timeout=1)
 
 
 def cut_off(*tasks: asyncio.Task[Any]) -> None:
@@ -629,7 +631,7 @@ class Reply:
         agent.replies[self.key[0]] = self.task
 
     async def run(self) -> web.StreamResponse:
-        """Speaks the answer, and records what became of it."""
+        """Speaks the answer, and records what became of it, whatever comes then."""
         outcome = "interrupted"
         with contextlib.suppress(asyncio.CancelledError, ConnectionError):
             outcome = await self.speak()
@@ -638,13 +640,21 @@ class Reply:
         figures = f"first_word={first} total={total:.0f}ms chunks={len(self.times)}"
         level = logging.WARNING if "failed" in outcome else logging.INFO
         log.log(level, "%s %s %s", name_of_task(), outcome, figures)
+        recording = self.agent.start(self.record())
+        while not recording.done():
+            # Layercode may hang up here, too.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([recording])
+        return self.response
+
+    async def record(self) -> None:
+        """Records the answer, after the one before it."""
         if self.earlier is not None:
             # If begin() did not get to wait.
             await asyncio.wait([self.earlier], timeout=RECORD_PATIENCE)
         if "spoken" in self.facts:
             self.facts |= {"spoken": self.turn.spoken, "finished": self.turn.finished}
         await record(self.agent, self.key, self.facts)
-        return self.response
 
     async def speak(self) -> str:
         """Writes the answer, or the apology, and response.end; returns what it was."""
@@ -656,11 +666,19 @@ class Reply:
             # A slow store is like a silent model.
             async with wait, contextlib.aclosing(await self.begin()) as pieces:
                 async for piece in pieces:
+                    if self.task.cancelling():
+                        raise asyncio.CancelledError
                     await self.say(piece)
                     wait.reschedule(asyncio.get_running_loop().time() + patience)
             if not self.times and not self.may_be_silent:
                 raise ModelError("nothing was said")
         except BaseException as error:
+            connection = self.request.transport
+            is_gone = connection is None or connection.is_closing()
+            is_cut_off = self.task.cancelling() and not self.agent.is_stopping
+            if is_gone or is_cut_off:
+                # It says nothing more, whatever is raised.
+                raise asyncio.CancelledError from error
             outcome = "cut off by the stop"
             if not self.task.cancelling():
                 why = f"TimeoutError: nothing came for {patience:g} s"
@@ -727,9 +745,6 @@ class Reply:
 
     async def say(self, piece: str | Event) -> None:
         """Writes a piece of the answer. Raises LoggedError for what is none."""
-        if self.task.cancelling() and not self.agent.is_stopping:
-            # It says nothing more, whatever is raised.
-            raise asyncio.CancelledError
         try:
             if isinstance(piece, str):
                 piece = {"type": "response.tts", "content": piece}

@@ -4,10 +4,8 @@
     python .ci/benchmark.py --before WHICH     another edition, too: a file, or a git
                                                revision; the two take turns
 
-Gemini and the callers are this process. A row begins with what the agents stand beside
-(the floor, the imports alone, a first turn, what is promised). For each agent, it has
-its own figure and the median of the ratios, which is the result: what is promised of it
-is behind the name of the row.
+A row begins with what the agents stand beside (the floor, the imports alone, a first
+turn) and what is promised. Each has its figure, and the median of the ratios to that.
 """
 
 import argparse

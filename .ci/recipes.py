@@ -1,8 +1,4 @@
-"""The recipes of README.md, taken out of it as they stand.
-
-A recipe is a block whose docstring begins with the name of its file; the page is the
-block of HTML.
-"""
+"""The recipes of README.md, as they stand: blocks that begin with their file's name."""
 
 from __future__ import annotations
 

@@ -4,10 +4,8 @@
     python .ci/strangers.py bombs one-byte-16     only these strangers
     python .ci/strangers.py --agent WHICH         another edition: a file, or a revision
 
-All strangers are unsigned. They have a process of their own, which goes to 127.0.0.1
-alone, ends after its seconds, and is the least important to the system; the agent has a
-core to itself if there are two. Linux only. Exits with status 1 if a first word takes
-longer than is promised, or does not come.
+All strangers are unsigned, in a process of their own, the least important to all.
+Linux only. Exits with status 1 if a first word takes longer than is promised.
 """
 
 import argparse

@@ -91,13 +91,6 @@ async def test_a_method_that_does_not_yield_is_told_by_its_name(serve: Serve) ->
         assert f" failed: Wrong.{method}() must be an async def that yields" in line
 
 
-async def test_a_tool_of_positions_costs_no_answer(serve: Serve) -> None:
-    def counts(number: int, /) -> None: ...
-
-    caller = await serve(Own(given=[counts]))
-    assert await caller.say("hello") == SURE
-
-
 @cases((0.05, 2), (test_agent.NEVER, 1))
 async def test_a_slow_answer_counts_after_a_second_failed(
     serve: Serve, after: float, times: int
@@ -116,12 +109,14 @@ async def test_a_slow_answer_counts_after_a_second_failed(
     assert " failed: ServerError 503 " in caller.log()[-1]
 
 
-async def test_a_third_turn_waits_for_the_record_of_the_first(serve: Serve) -> None:
+@cases((["Well, ", test_agent.forever], "Well,  [interrupted]"), (["Well."], "Well."))
+async def test_a_record_is_waited_for_and_nothing_ends_it(
+    serve: Serve, script: Any, shown: str
+) -> None:
     store = test_agent.Store(finished=(gate := test_agent.Gate()))
-    script = ["Well, ", test_agent.forever]
     caller = await serve(Agent(SETTINGS, store), [script], RECORD_PATIENCE=20)
     async with caller.post(caller.event("one")) as response:
-        await caller.hear(response, "Well, ")
+        await caller.hear(response, script[0])
         two = asyncio.create_task(caller.answer(caller.event("two")))
         await gate.reached.wait()
         three = asyncio.create_task(caller.say("three"))
@@ -129,7 +124,19 @@ async def test_a_third_turn_waits_for_the_record_of_the_first(serve: Serve) -> N
         await caller.status(b"")
         gate.open()
         await asyncio.wait([two, three])
-    assert caller.gemini.shown()[1:] == ["Well,  [interrupted]", "two", "three"]
+    assert caller.gemini.shown() == ["one", shown, "two", "three"]
+
+
+async def test_a_stop_ends_a_reply_that_would_go_on(serve: Serve) -> None:
+    async def stays() -> None:
+        with suppress(asyncio.CancelledError):
+            await test_agent.forever()
+
+    caller = await serve(one := Own(stays, "on "), GRACE=0.01)
+    answer = asyncio.create_task(caller.frames(caller.event("hello")))
+    await until(lambda: one.events)
+    await one.stop(web.Application())
+    assert await answer == []
 
 
 async def test_gemini_is_connected_at_the_start_and_at_a_greeting(caller: Any) -> None:
