@@ -288,7 +288,8 @@ class Agent:
 
         `config` goes before the defaults here, but its functions are never
         called: see tools(). Use it with contextlib.aclosing(), so that a
-        hang-up ends it. Raises ModelError and aiohttp's errors.
+        hang-up ends it. Raises ModelError, aiohttp's errors, and, without a
+        key, AssertionError.
         """
         assert self.gemini is not None, "GOOGLE_GENERATIVE_AI_API_KEY is not set"
         return self.gemini.ask(history, config or {}, speaks)
@@ -343,7 +344,7 @@ class Agent:
 
 
 def cut_off(*tasks: asyncio.Task[Any]) -> None:
-    """Cancels tasks, once: a second time would keep one from recording its end."""
+    """Cancels tasks, once: a second time would disturb one that is ending."""
     for task in tasks:
         if not task.cancelling():
             task.cancel()
@@ -640,7 +641,8 @@ class Reply:
         figures = f"first_word={first} total={total:.0f}ms chunks={len(self.times)}"
         level = logging.WARNING if "failed" in outcome else logging.INFO
         log.log(level, "%s %s %s", name_of_task(), outcome, figures)
-        recording = self.agent.start(self.record())
+        # Not among agent.tasks, which a stop cuts off.
+        recording = asyncio.create_task(self.record(), name=name_of_task())
         while not recording.done():
             # Layercode may hang up here, too.
             with contextlib.suppress(asyncio.CancelledError):
@@ -750,8 +752,11 @@ class Reply:
                 piece = {"type": "response.tts", "content": piece}
             is_speech = piece["type"] == "response.tts"
             words = self.plain(piece["content"] if is_speech else "", not is_speech)
-            text = self.frame({"type": "response.tts", "content": words})
-            text = (text if words else "") + ("" if is_speech else self.frame(piece))
+            text = ""
+            if words:
+                text = self.frame({"type": "response.tts", "content": words})
+            if not is_speech:
+                text += self.frame(piece)
         except Exception as error:
             what = f"yields a {type(piece).__name__}: it must be a str or an event"
             raise LoggedError(f"{self.place} {what} as JSON: {error}") from None
@@ -945,7 +950,7 @@ class Gemini:
         self.error = errors.APIError
 
     async def warm_up(self) -> None:
-        """Connects ahead of a question."""
+        """Connects ahead of a question, within 10 seconds. It raises nothing."""
         # If that fails, the question tells why.
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self.models.get(model=self.model), timeout=10)

@@ -38,7 +38,6 @@ async def talk(plan: Callable[[int, int], Answer], callers: int) -> list[Call]:
         return plan(turn, asks[turn])
 
     async def call(port: int, turn: int) -> Heard:
-        # So that they do not wait for each other.
         await asyncio.sleep(turn * 0.05)
         caller = Caller(port, f"conversation_{turn}")
         await caller.connect()
@@ -70,7 +69,6 @@ async def main() -> None:
         return FAULTS[names[turn % len(names)]] if ask == 1 else Answer(after=0.02)
 
     def stalls_at_times(turn: int, ask: int) -> Answer:
-        # The same ones each time, in whichever order they come.
         luck = random.Random(f"turn {turn}, ask {ask}").random()
         return Answer(after=20 if luck < 0.1 else 0.3)
 

@@ -113,7 +113,6 @@ async def be_strangers(port: int, row: str, seconds: float) -> int:
         async with asyncio.timeout(seconds), asyncio.TaskGroup() as tasks:
             for stranger, many in ROWS[row].items():
                 for _ in range(many):
-                    # A few come back at once, a thousand together as often.
                     tasks.create_task(be(stranger, many / 2000))
     return times
 
@@ -157,7 +156,6 @@ def mib(proc: Path, name: str) -> int:
 
 async def measure(agent: Served, proc: Path, row: str, seconds: float) -> bool:
     """Prints a row; returns whether it is as promised."""
-    # The most memory is that of this row.
     (proc / "clear_refs").write_text("5")
     logged = agent.log.stat().st_size
     begun = time.perf_counter()

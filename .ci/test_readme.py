@@ -198,8 +198,6 @@ async def test_the_unit_and_the_container_start_the_agent(tmp_path: Path) -> Non
     assert where.split() == ["0.0.0.0", published]
 
 
-# ---- The signature -------------------------------------------------------------------
-
 BODY = '{"a": "b"}'
 NODE = """
     const { verifySignature } = await import(process.argv[1]);
