@@ -63,6 +63,7 @@ from aiohttp.typedefs import Handler
 
 if TYPE_CHECKING:
     from google.genai import errors, types
+    from google.genai.models import AsyncModels
     from google.genai.types import GenerateContentConfigDict as Config
     from google.genai.types import GenerateContentResponse as Chunk
 
@@ -181,8 +182,7 @@ def read_dotenv(file: Path) -> dict[str, str]:
         name, _, value = line.strip().removeprefix("export ").partition("=")
         quoted = re.match(r"""\s*(["'])(.*?)\1""", value)
         # A # begins a comment after a space.
-        value = quoted[2] if quoted else re.split(r"\s#", value)[0]
-        variables[name.strip()] = value.strip()
+        variables[name.strip()] = quoted[2] if quoted else re.split(r"\s#", value)[0]
     return variables
 
 
@@ -191,7 +191,7 @@ class Agent:
     """A voice agent: override its words and its methods in a subclass.
 
     While it serves, `http` is an aiohttp session for your own requests, and
-    `gemini` is set if there is a key.
+    `gemini` has google-genai's methods, if there is a key.
     """
 
     persona = "You're a friendly voice assistant on a call."
@@ -215,7 +215,7 @@ class Agent:
     ask_again_after = 2.5
 
     http: aiohttp.ClientSession
-    gemini: Gemini | None = None
+    gemini: AsyncModels | None = None
 
     def __init__(
         self, settings: Settings | None = None, histories: Histories | None = None
@@ -228,7 +228,6 @@ class Agent:
         self.replies = Running()
         # By conversation and turn, its tools.
         self.tools_running = Running()
-        self.is_stopping = False
 
     async def greet(self, event: Event, history: list[Turn]) -> Speech:
         """Yields what is said when a call begins; if nothing, the caller speaks first.
@@ -250,7 +249,7 @@ class Agent:
         """
         if self.gemini is None:
             return stand_in(history)
-        return Answer(self.gemini, event, history).speak()
+        return Answer(self, event, history).speak()
 
     def tools(self, event: Event) -> Sequence[Tool]:
         """The functions that Gemini may call while it answers a webhook.
@@ -283,16 +282,36 @@ class Agent:
         """
         return None
 
-    def ask(self, history: list[Turn], config: Config | None = None) -> Chunks:
+    def ask(
+        self, history: list[Turn], config: Config | None = None, is_said: bool = False
+    ) -> Chunks:
         """Gemini's answer to the last turn of the history, as google-genai's chunks.
 
         `config` goes before the defaults here, but its functions are never
-        called: see tools(). Use it with contextlib.aclosing(), so that a
-        hang-up ends it. Raises ModelError, aiohttp's errors, and, without a
-        key, AssertionError.
+        called: see tools(). If all is said already, the answer may have no
+        words. Use it with contextlib.aclosing(), so that a hang-up ends it.
+        Raises ModelError, aiohttp's errors, and, without a key, AssertionError.
         """
-        assert self.gemini is not None, "GOOGLE_GENERATIVE_AI_API_KEY is not set"
-        return self.gemini.ask(history, config or {}, speaks)
+        config = config or {}
+        level: Any = self.settings.gemini_thinking.upper()
+        thinking: Config = {"thinking_config": {"thinking_level": level}}
+        # Every caller waits while google-genai builds contents, 0.25 ms for
+        # each message. An extra_body is only merged, 1.5 ms for 40 turns.
+        options: Any = dict(config.get("http_options") or {})
+        body = {"contents": contents(history), **(options.get("extra_body") or {})}
+        options["extra_body"] = body
+        request: Config = {
+            "system_instruction": f"{self.persona}\n{self.voice_rules}",
+            **(thinking if level else {}),
+            **config,
+            "http_options": options,
+            # It would call functions, and some twice.
+            "automatic_function_calling": {"disable": True},
+        }
+        has_words = (lambda chunk: True) if is_said else speaks
+        return ask_twice(
+            lambda: ask_once(self, request), has_words, self.ask_again_after
+        )
 
     def make_app(self) -> web.Application:
         """The aiohttp application, to run with RUNNER_OPTIONS, or to mount."""
@@ -321,9 +340,17 @@ class Agent:
             trust_env=bool(urllib.request.getproxies()),
         ) as self.http:
             if self.settings.google_generative_ai_api_key:
-                self.gemini = Gemini(self)
-                self.start(self.gemini.warm_up())
+                self.gemini = open_gemini(self)
+            self.start(self.warm_up())
             yield
+
+    async def warm_up(self) -> None:
+        """Connects to Gemini ahead of a question, within 10 s. It raises nothing."""
+        # If that fails, the question tells why.
+        with contextlib.suppress(Exception):
+            if self.gemini is not None:
+                looking_up = self.gemini.get(model=self.settings.gemini_model)
+                await asyncio.wait_for(looking_up, timeout=10)
 
     def start(self, work: Coroutine[Any, Any, T], name: str = "") -> asyncio.Task[T]:
         """Starts a task, with the log's name for it, or that of what starts it."""
@@ -334,13 +361,14 @@ class Agent:
 
     async def stop(self, app: web.Application) -> None:
         """Lets what goes on end by itself for GRACE seconds, then cuts it off."""
-        self.is_stopping = True
-        if self.tasks:
-            await asyncio.wait(self.tasks, timeout=GRACE)
-            cut_off(*self.tasks)
-        if self.tasks:
-            # They record what they have spoken.
-            await asyncio.wait(self.tasks, timeout=1)
+        calls = sum(not reply.done() for reply in self.replies.values())
+        if calls:
+            log.warning("Finishing %d calls; once more stops at once.", calls)
+        # Cut off, they record what they have spoken.
+        for patience in (GRACE, 1):
+            if self.tasks:
+                await asyncio.wait(self.tasks, timeout=patience)
+                cut_off(*self.tasks)
 
 
 def cut_off(*tasks: asyncio.Task[Any]) -> None:
@@ -675,13 +703,8 @@ class Reply:
             if not self.times and not self.may_be_silent:
                 raise ModelError("nothing was said")
         except BaseException as error:
-            connection = self.request.transport
-            is_gone = connection is None or connection.is_closing()
-            is_cut_off = self.task.cancelling() and not self.agent.is_stopping
-            if is_gone or is_cut_off:
-                # It says nothing more, whatever is raised.
-                raise asyncio.CancelledError from error
-            outcome = "cut off by the stop"
+            outcome = "interrupted"
+            # Cut off, it says nothing more, whatever is raised.
             if not self.task.cancelling():
                 why = f"TimeoutError: nothing came for {patience:g} s"
                 outcome = f"failed: {why if wait.expired() else cause(error)}"
@@ -735,9 +758,9 @@ class Reply:
         """What greet() or reply() makes. Raises LoggedError for what is no Speech."""
         if not self.is_greeting and not self.turn.user:
             return say_once(self.agent.apology)
-        if self.is_greeting and self.agent.gemini is not None:
+        if self.is_greeting:
             # It connects while the caller listens.
-            self.agent.start(self.agent.gemini.warm_up())
+            self.agent.start(self.agent.warm_up())
         method = self.agent.greet if self.is_greeting else self.agent.reply
         self.place = f"{type(self.agent).__name__}.{method.__name__}()"
         speech = method(self.event, history)
@@ -752,19 +775,17 @@ class Reply:
                 piece = {"type": "response.tts", "content": piece}
             is_speech = piece["type"] == "response.tts"
             words = self.plain(piece["content"] if is_speech else "", not is_speech)
-            text = ""
-            if words:
-                text = self.frame({"type": "response.tts", "content": words})
-            if not is_speech:
-                text += self.frame(piece)
+            events = [{"type": "response.tts", "content": words}] if words else []
+            events += [] if is_speech else [piece]
+            text = "".join(map(self.frame, events))
         except Exception as error:
             what = f"yields a {type(piece).__name__}: it must be a str or an event"
             raise LoggedError(f"{self.place} {what} as JSON: {error}") from None
-        self.turn.spoken += words
         if words.strip():
             self.times.append(1000 * (time.monotonic() - self.started))
         self.may_be_silent = self.may_be_silent or not is_speech
         await self.response.write(text.encode())
+        self.turn.spoken += words
 
     def plain(self, words: str, is_end: bool) -> str:
         """What can be spoken now, without marks, of more words: at the end, all."""
@@ -890,31 +911,30 @@ async def ask_twice(
     not made slower, and the first to speak wins. If both fail, raises the
     error of the second.
     """
-    async with contextlib.AsyncExitStack() as requests:
 
-        async def begin() -> tuple[list[T], Stream[T, None]]:
-            closing = contextlib.aclosing(ask())
-            request = await requests.enter_async_context(closing)
-            opening = []
-            async for piece in request:
-                opening.append(piece)
-                if has_words(piece):
-                    return opening, request
-            raise ModelError("no words")
+    async def begin() -> tuple[list[T], Stream[T, None]]:
+        request = ask()
+        opening = []
+        async for piece in request:
+            opening.append(piece)
+            if has_words(piece):
+                return opening, request
+        raise ModelError("no words")
 
-        tasks = [asyncio.create_task(begin())]
-        try:
-            done, _ = await asyncio.wait(tasks, timeout=ask_again_after)
-            slow = ModelError(f"no word in {ask_again_after:g} s")
-            failure = tasks[0].exception() if done else slow
-            if failure and not isinstance(failure, FinalError):
-                log.info("%s asks the model twice: %s", name_of_task(), cause(failure))
-                tasks.append(asyncio.create_task(begin()))
-            opening, request = await (first_to_succeed(tasks) if failure else tasks[0])
-        finally:
-            for task in tasks:
-                if task.cancel():
-                    await asyncio.gather(task, return_exceptions=True)
+    tasks = [asyncio.create_task(begin())]
+    try:
+        done, _ = await asyncio.wait(tasks, timeout=ask_again_after)
+        slow = ModelError(f"no word in {ask_again_after:g} s")
+        failure = tasks[0].exception() if done else slow
+        if failure and not isinstance(failure, FinalError):
+            log.info("%s asks the model twice: %s", name_of_task(), cause(failure))
+            tasks.append(asyncio.create_task(begin()))
+        opening, request = await first_to_succeed(tasks)
+    finally:
+        # To be cancelled while it is read closes a request at once.
+        cut_off(*tasks)
+        await asyncio.gather(*tasks, return_exceptions=True)
+    async with contextlib.aclosing(request):
         for piece in opening:
             yield piece
         async for piece in request:
@@ -929,104 +949,72 @@ async def first_to_succeed(tasks: list[asyncio.Task[T]]) -> T:
     return tasks[-1].result()
 
 
-class Gemini:
-    """Gemini, by google-genai, with a connection that is open before it is needed."""
+def open_gemini(agent: Agent) -> AsyncModels:
+    """google-genai, with the agent's key and `http`."""
+    # Slow to import, so only with a key.
+    from google.genai import Client
 
-    def __init__(self, agent: Agent) -> None:
-        # Slow to import, so only with a key.
-        from google.genai import Client, errors
+    # Left alone, it warns of other keys, and of parts that are no text.
+    logging.getLogger("google_genai").setLevel("ERROR")
+    # It would retry in seconds: see ask_twice().
+    options: Any = {"aiohttp_client": agent.http, "retry_options": {"attempts": 1}}
+    key = agent.settings.google_generative_ai_api_key
+    # GOOGLE_GENAI_USE_VERTEXAI must not count.
+    return Client(vertexai=False, api_key=key, http_options=options).aio.models
 
-        self.agent = agent
-        # Left alone, it warns of other keys, and of parts that are no text.
-        logging.getLogger("google_genai").setLevel("ERROR")
-        # It would retry in seconds: see ask_twice().
-        options: Any = {"aiohttp_client": agent.http, "retry_options": {"attempts": 1}}
-        key = agent.settings.google_generative_ai_api_key
-        # GOOGLE_GENAI_USE_VERTEXAI must not count.
-        client = Client(vertexai=False, api_key=key, http_options=options)
-        self.models = client.aio.models
-        self.model = agent.settings.gemini_model.removeprefix("models/")
-        self.thinking = agent.settings.gemini_thinking
-        self.error = errors.APIError
 
-    async def warm_up(self) -> None:
-        """Connects ahead of a question, within 10 seconds. It raises nothing."""
-        # If that fails, the question tells why.
+async def ask_once(agent: Agent, request: Config) -> Chunks:
+    """Asks once and yields Gemini's chunks. Raises ModelError, aiohttp's errors."""
+    from google.genai.errors import APIError
+
+    assert agent.gemini is not None, "GOOGLE_GENERATIVE_AI_API_KEY is not set"
+    ask = agent.gemini.generate_content_stream
+    model = agent.settings.gemini_model
+    # The extra_body has the contents.
+    chunks = await ask(model=model, contents={}, config=request)
+    ending = ""
+    try:
+        while True:
+            more = anext(chunks)
+            if ending:
+                more = asyncio.wait_for(more, STREAM_END_PATIENCE)
+            chunk = await more
+            prompt = chunk.prompt_feedback
+            if prompt and prompt.block_reason:
+                raise BlockedError(f"Gemini blocked it: {prompt.block_reason.name}")
+            if chunk.candidates and chunk.candidates[0].finish_reason:
+                ending = chunk.candidates[0].finish_reason.name
+            yield chunk
+    except (StopAsyncIteration, TimeoutError):
+        if ending not in ("STOP", "MAX_TOKENS"):
+            why = ending or "it broke off"
+            raise ModelError(f"Gemini ended the answer: {why}") from None
+    except APIError as error:
+        raise explain(error, f"GEMINI_MODEL={model}") from None
+    except (GeneratorExit, BlockedError):
+        # Only a stream that is cancelled while it is read lets go of its
+        # connection at once: googleapis/python-genai, issue 2425.
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self.models.get(model=self.model), timeout=10)
+            async with asyncio.timeout(0):
+                async for _ in chunks:
+                    pass
+        raise
 
-    def ask(
-        self, history: list[Turn], config: Config, has_words: Callable[[Chunk], bool]
-    ) -> Chunks:
-        """The answer to a history; what google-genai's `config` says goes first."""
-        request: Config = {}
-        if self.thinking:
-            level: Any = self.thinking.upper()
-            request["thinking_config"] = {"thinking_level": level}
-        request |= config
-        # Every caller waits while google-genai builds contents, 0.25 ms for
-        # each message. An extra_body is only merged, 1.5 ms for 40 turns.
-        options: Any = dict(config.get("http_options") or {})
-        body = {"contents": contents(history), **(options.get("extra_body") or {})}
-        if "system_instruction" not in config:
-            instruction = f"{self.agent.persona}\n{self.agent.voice_rules}"
-            body["systemInstruction"] = {"parts": [{"text": instruction}]}
-        options["extra_body"] = body
-        request["http_options"] = options
-        # It would call functions, and some twice.
-        request["automatic_function_calling"] = {"disable": True}
-        after = self.agent.ask_again_after
-        return ask_twice(lambda: self.ask_once(request), has_words, after)
 
-    async def ask_once(self, request: Config) -> Chunks:
-        """Asks once and yields Gemini's chunks. Raises ModelError, aiohttp's errors."""
-        # The extra_body has the contents.
-        ask = self.models.generate_content_stream
-        chunks = await ask(model=self.model, contents={}, config=request)
-        ending = ""
-        try:
-            while True:
-                if ending:
-                    async with asyncio.timeout(STREAM_END_PATIENCE):
-                        chunk = await anext(chunks)
-                else:
-                    chunk = await anext(chunks)
-                prompt = chunk.prompt_feedback
-                if prompt and prompt.block_reason:
-                    raise BlockedError(f"Gemini blocked it: {prompt.block_reason.name}")
-                if chunk.candidates and chunk.candidates[0].finish_reason:
-                    ending = chunk.candidates[0].finish_reason.name
-                yield chunk
-        except (StopAsyncIteration, TimeoutError):
-            if ending not in ("STOP", "MAX_TOKENS"):
-                why = ending or "it broke off"
-                raise ModelError(f"Gemini ended the answer: {why}") from None
-        except self.error as error:
-            raise self.explain(error) from None
-        except (GeneratorExit, BlockedError):
-            # Only a stream that is cancelled while it is read lets go of its
-            # connection at once: googleapis/python-genai, issue 2425.
-            with contextlib.suppress(Exception):
-                async with asyncio.timeout(0):
-                    async for _ in chunks:
-                        pass
-            raise
-
-    def explain(self, error: errors.APIError) -> ModelError:
-        """An error of Gemini's as the log may tell it: no message, but what to do."""
-        model = f"GEMINI_MODEL={self.model}"
-        hints = {
-            "'code': 404": f": is {model} right?",
-            "api_key_invalid": ": is GOOGLE_GENERATIVE_AI_API_KEY right?",
-            "location is not supported": ": it is not offered where this server runs",
-            "instruction is not enabled": f": {model} takes no persona",
-            "thinking": f": does GEMINI_THINKING={self.thinking} suit {model}?",
-        }
-        answer = str(error.details).lower()
-        told = f"{type(error).__name__} {error.code} {error.status}"
-        told += "".join(hint for words, hint in hints.items() if words in answer)
-        is_final = error.code in (400, 401, 403, 404, 429)
-        return FinalError(told) if is_final else ModelError(told)
+def explain(error: errors.APIError, model: str) -> ModelError:
+    """An error of Gemini's as the log may tell it: no message, but what to do."""
+    hints = {
+        "'code': 404": f": is {model} right?",
+        "api_key_invalid": ": is GOOGLE_GENERATIVE_AI_API_KEY right?",
+        "location is not supported": ": it is not offered where this server runs",
+        "instruction is not enabled": f": {model} takes no persona",
+        "thinking": f": does GEMINI_THINKING suit {model}?",
+    }
+    answer = str(error.details).lower()
+    told = f"{type(error).__name__} {error.code} {error.status}"
+    told += "".join(hint for words, hint in hints.items() if words in answer)
+    is_final = error.code in (400, 401, 403, 404, 429)
+    return FinalError(told) if is_final else ModelError(told)
 
 
 def speaks(chunk: Chunk) -> bool:
@@ -1060,9 +1048,8 @@ class Answer:
     that task, and Gemini is shown what it gave.
     """
 
-    def __init__(self, gemini: Gemini, event: Event, history: list[Turn]) -> None:
-        self.gemini = gemini
-        self.agent = gemini.agent
+    def __init__(self, agent: Agent, event: Event, history: list[Turn]) -> None:
+        self.agent = agent
         self.history = history
         self.key = (event["conversation_id"], event["turn_id"])
         self.tools = {tool.__name__: tool for tool in self.agent.tools(event)}
@@ -1120,8 +1107,7 @@ class Answer:
             config["tools"] = [{"function_declarations": declared}]
             config["tool_config"] = {"function_calling_config": {"mode": mode}}
         # Words before a call are an answer.
-        has_words = (lambda chunk: True) if self.has_answered else speaks
-        return self.gemini.ask(self.history, config, has_words)
+        return self.agent.ask(self.history, config, is_said=self.has_answered)
 
     async def run(self, parts: list[types.Part]) -> list[Event]:
         """Runs tools to their end, with a record before and after; gives events."""
@@ -1153,8 +1139,7 @@ class Answer:
         options: Any = {"inf_nan_mode": "null", "bytes_mode": "base64", "fallback": str}
         try:
             if name not in self.tools:
-                there_are = ", ".join(self.tools)
-                raise LoggedError(f"There is no tool {name}. There are: {there_are}.")
+                raise LoggedError(f"no tool {name}, but {', '.join(self.tools)}")
             tool = pydantic.validate_call(self.tools[name])
             async with asyncio.timeout(TOOL_PATIENCE):
                 output = await in_thread(lambda: tool(**call.args or {}))
@@ -1210,9 +1195,7 @@ async def in_thread(function: Callable[[], T]) -> T:
         try:
             outcome.set_result(function())
         except BaseException as error:
-            # asyncio cannot raise StopIteration.
-            is_stop = isinstance(error, StopIteration)
-            outcome.set_exception(RuntimeError("StopIteration") if is_stop else error)
+            outcome.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
     return await asyncio.wrap_future(outcome)
@@ -1357,11 +1340,6 @@ def serve(agent: Agent) -> None:
             print("Everyone who reaches /authorize may start calls: override admit().")
         print(f"Next: cloudflared tunnel --url http://localhost:{port}", flush=True)
 
-    async def when_stopped(app: web.Application) -> None:
-        calls = sum(not reply.done() for reply in agent.replies.values())
-        if calls:
-            print(f"Finishing {calls} calls; once more stops at once.", flush=True)
-
     # First, so that an error of the agent's start is not taken for this one.
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -1369,13 +1347,11 @@ def serve(agent: Agent) -> None:
     except (OSError, OverflowError, UnicodeError) as error:
         where = f"HOST={host} PORT={port}"
         raise SettingsError(f"{where} cannot be listened on: {error}") from None
-    app = agent.make_app()
-    app.on_shutdown.insert(0, when_stopped)
     refusals.addFilter(Sparing())
     # In a flood, whoever finds aiohttp's queue
     # of 128 full tries again after a second.
     options = {"backlog": 1024, "logger": refusals, **RUNNER_OPTIONS}
-    web.run_app(app, sock=listener, print=when_up, **options)
+    web.run_app(agent.make_app(), sock=listener, print=when_up, **options)
 
 
 def main(agent: type[Agent] = Agent) -> None:
