@@ -282,36 +282,16 @@ class Agent:
         """
         return None
 
-    def ask(
-        self, history: list[Turn], config: Config | None = None, is_said: bool = False
-    ) -> Chunks:
+    def ask(self, history: list[Turn], config: Config | None = None) -> Chunks:
         """Gemini's answer to the last turn of the history, as google-genai's chunks.
 
         `config` goes before the defaults here, but its functions are never
-        called: see tools(). If all is said already, the answer may have no
-        words. Use it with contextlib.aclosing(), so that a hang-up ends it.
-        Raises ModelError, aiohttp's errors, and, without a key, AssertionError.
+        called: see tools(). Use it with contextlib.aclosing(), so that a
+        hang-up ends it. Raises ModelError, aiohttp's errors, and, without a
+        key, AssertionError.
         """
-        config = config or {}
-        level: Any = self.settings.gemini_thinking.upper()
-        thinking: Config = {"thinking_config": {"thinking_level": level}}
-        # Every caller waits while google-genai builds contents, 0.25 ms for
-        # each message. An extra_body is only merged, 1.5 ms for 40 turns.
-        options: Any = dict(config.get("http_options") or {})
-        body = {"contents": contents(history), **(options.get("extra_body") or {})}
-        options["extra_body"] = body
-        request: Config = {
-            "system_instruction": f"{self.persona}\n{self.voice_rules}",
-            **(thinking if level else {}),
-            **config,
-            "http_options": options,
-            # It would call functions, and some twice.
-            "automatic_function_calling": {"disable": True},
-        }
-        has_words = (lambda chunk: True) if is_said else speaks
-        return ask_twice(
-            lambda: ask_once(self, request), has_words, self.ask_again_after
-        )
+        request = request_for(self, history, config or {})
+        return ask_twice(lambda: ask_once(self, request), speaks, self.ask_again_after)
 
     def make_app(self) -> web.Application:
         """The aiohttp application, to run with RUNNER_OPTIONS, or to mount."""
@@ -341,16 +321,8 @@ class Agent:
         ) as self.http:
             if self.settings.google_generative_ai_api_key:
                 self.gemini = open_gemini(self)
-            self.start(self.warm_up())
+                self.start(warm_up(self))
             yield
-
-    async def warm_up(self) -> None:
-        """Connects to Gemini ahead of a question, within 10 s. It raises nothing."""
-        # If that fails, the question tells why.
-        with contextlib.suppress(Exception):
-            if self.gemini is not None:
-                looking_up = self.gemini.get(model=self.settings.gemini_model)
-                await asyncio.wait_for(looking_up, timeout=10)
 
     def start(self, work: Coroutine[Any, Any, T], name: str = "") -> asyncio.Task[T]:
         """Starts a task, with the log's name for it, or that of what starts it."""
@@ -760,7 +732,7 @@ class Reply:
             return say_once(self.agent.apology)
         if self.is_greeting:
             # It connects while the caller listens.
-            self.agent.start(self.agent.warm_up())
+            self.agent.start(warm_up(self.agent))
         method = self.agent.greet if self.is_greeting else self.agent.reply
         self.place = f"{type(self.agent).__name__}.{method.__name__}()"
         speech = method(self.event, history)
@@ -950,8 +922,7 @@ async def first_to_succeed(tasks: list[asyncio.Task[T]]) -> T:
 
 
 def open_gemini(agent: Agent) -> AsyncModels:
-    """google-genai, with the agent's key and `http`."""
-    # Slow to import, so only with a key.
+    """google-genai, which is slow to import, with the agent's key and `http`."""
     from google.genai import Client
 
     # Left alone, it warns of other keys, and of parts that are no text.
@@ -961,6 +932,32 @@ def open_gemini(agent: Agent) -> AsyncModels:
     key = agent.settings.google_generative_ai_api_key
     # GOOGLE_GENAI_USE_VERTEXAI must not count.
     return Client(vertexai=False, api_key=key, http_options=options).aio.models
+
+
+async def warm_up(agent: Agent) -> None:
+    """Connects ahead of a question, within 10 s; if that fails, the question tells."""
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(10):
+            assert agent.gemini is not None
+            await agent.gemini.get(model=agent.settings.gemini_model)
+
+
+def request_for(agent: Agent, history: list[Turn], config: Config) -> Config:
+    """What google-genai is asked, where `config` goes before the agent's defaults."""
+    level: Any = agent.settings.gemini_thinking.upper()
+    # Every caller waits while google-genai builds contents, 0.25 ms for
+    # each message. An extra_body is only merged, 1.5 ms for 40 turns.
+    options: Any = dict(config.get("http_options") or {})
+    body = {"contents": contents(history), **(options.get("extra_body") or {})}
+    options["extra_body"] = body
+    return {
+        "system_instruction": f"{agent.persona}\n{agent.voice_rules}",
+        "thinking_config": {"thinking_level": level} if level else None,
+        **config,
+        "http_options": options,
+        # It would call functions, and some twice.
+        "automatic_function_calling": {"disable": True},
+    }
 
 
 async def ask_once(agent: Agent, request: Config) -> Chunks:
@@ -991,14 +988,13 @@ async def ask_once(agent: Agent, request: Config) -> Chunks:
             raise ModelError(f"Gemini ended the answer: {why}") from None
     except APIError as error:
         raise explain(error, f"GEMINI_MODEL={model}") from None
-    except (GeneratorExit, BlockedError):
+    finally:
         # Only a stream that is cancelled while it is read lets go of its
         # connection at once: googleapis/python-genai, issue 2425.
         with contextlib.suppress(Exception):
             async with asyncio.timeout(0):
                 async for _ in chunks:
                     pass
-        raise
 
 
 def explain(error: errors.APIError, model: str) -> ModelError:
@@ -1107,7 +1103,10 @@ class Answer:
             config["tools"] = [{"function_declarations": declared}]
             config["tool_config"] = {"function_calling_config": {"mode": mode}}
         # Words before a call are an answer.
-        return self.agent.ask(self.history, config, is_said=self.has_answered)
+        has_words = (lambda chunk: True) if self.has_answered else speaks
+        request = request_for(self.agent, self.history, config)
+        after = self.agent.ask_again_after
+        return ask_twice(lambda: ask_once(self.agent, request), has_words, after)
 
     async def run(self, parts: list[types.Part]) -> list[Event]:
         """Runs tools to their end, with a record before and after; gives events."""
@@ -1253,7 +1252,6 @@ def chat(agent: Agent, url: str | None, fields: Event) -> None:
     # No proxy leads to the agent served here.
     opener = build_opener(ProxyHandler(None if url else {}))
     url = url or serve_beside(agent)
-    secret = agent.settings.layercode_webhook_secret
     print("Ctrl-C interrupts the agent. Hang up with Ctrl-D.\n")
     name = os.urandom(8).hex()
     fields = {"session_id": name, "conversation_id": name, **fields}
@@ -1261,7 +1259,7 @@ def chat(agent: Agent, url: str | None, fields: Event) -> None:
     with contextlib.suppress(EOFError):
         while True:
             event = {**fields, **event, "turn_id": os.urandom(8).hex()}
-            report = listen(opener, url, secret, event)
+            report = listen(opener, url, agent.settings.layercode_webhook_secret, event)
             event = {"type": "message", "text": input("> "), **report}
 
 
@@ -1275,9 +1273,8 @@ def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event
     report: Event = {}
     try:
         body = json.dumps(event).encode()
-        headers = {"Content-Type": "application/json"}
-        headers["layercode-signature"] = sign(body, secret)
-        request = Request(url, body, headers)
+        request = Request(url, body, {"Content-Type": "application/json"})
+        request.add_header("layercode-signature", sign(body, secret))
         with opener.open(request, timeout=CHAT_PATIENCE) as answer:
             for line in answer:
                 if line.startswith(b"data:"):
@@ -1292,8 +1289,7 @@ def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event
             raise ValueError("The answer has no response.end. What does the log say?")
     except KeyboardInterrupt:
         # It has hung up, as Layercode does.
-        told = {"text_heard": heard, "words_heard": len(heard.split())}
-        told |= {"assistant_turn_id": event["turn_id"]}
+        told = {"text_heard": heard, "assistant_turn_id": event["turn_id"]}
         report = {"interruption_context": {"previous_turn_interrupted": True, **told}}
     except Exception as error:
         # Anything may stand behind a URL.

@@ -1280,9 +1280,8 @@ async def test_ctrl_c_interrupts_a_chat(serve: Serve, run: Run, bye: bytes) -> N
         await asyncio.wait([asyncio.ensure_future(chat.wait())], timeout=0.5)
     assert await end_of(chat) == (0, "")
     _, story, stop = one.events
-    context = {**stop["interruption_context"]}
-    assert (context.pop("words_heard"), "interruption_context" in story) == (2, False)
-    assert report("Once upon ", story["turn_id"]) == {"interruption_context": context}
+    assert "interruption_context" not in story
+    assert report("Once upon ", story["turn_id"]).items() <= stop.items()
     assert (story["text"], one.history[1].heard) == ("A story!", "Once upon ")
 
 
