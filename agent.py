@@ -949,9 +949,11 @@ def request_for(agent: Agent, history: list[Turn], config: Config) -> Config:
     # each message. An extra_body is only merged, 1.5 ms for 40 turns.
     options: Any = dict(config.get("http_options") or {})
     body = {"contents": contents(history), **(options.get("extra_body") or {})}
+    if "system_instruction" not in config:
+        instruction = f"{agent.persona}\n{agent.voice_rules}"
+        body["systemInstruction"] = {"parts": [{"text": instruction}]}
     options["extra_body"] = body
     return {
-        "system_instruction": f"{agent.persona}\n{agent.voice_rules}",
         "thinking_config": {"thinking_level": level} if level else None,
         **config,
         "http_options": options,
