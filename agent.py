@@ -33,6 +33,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import gc
 import hashlib
 import hmac
@@ -72,7 +73,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("agent")
 # What strangers can cause.
 refusals = logging.getLogger("agent.refusals")
-details = logging.getLogger("agent.details")
 
 T = TypeVar("T")
 # A JSON object: a webhook, a frame, a content.
@@ -123,8 +123,8 @@ RUNNER_OPTIONS: dict[str, Any] = {
     "auto_decompress": False,
     # Longer than nginx's 60, cloudflared's 90.
     "keepalive_timeout": 120,
-    # For the rest of a body that was refused.
-    "lingering_time": 2,
+    # The rest of a body that is refused is not read.
+    "lingering_time": 0,
     # After Agent.stop(); aiohttp waits it twice.
     "shutdown_timeout": 1,
     "access_log": None,
@@ -150,7 +150,7 @@ class Settings:
     gemini_model: str = "gemini-3.5-flash-lite"
     gemini_thinking: str = ""
     layercode_agent_id: str = ""
-    allowed_origins: str = "*://localhost:*,*://127.0.0.1:*,*://[::1]:*"
+    allowed_origins: str = "*://localhost,*://localhost:*,*://127.0.0.1:*"
     host: str = "127.0.0.1"
     port: int = 3000
     layercode_api_url: str = "https://api.layercode.com"
@@ -174,16 +174,13 @@ class Settings:
 def read_dotenv(file: Path) -> dict[str, str]:
     """The lines of NAME=value in a .env file, if there is one. Raises SettingsError."""
     try:
-        lines = file.read_text("utf-8-sig").splitlines() if file.is_file() else []
+        text = file.read_text("utf-8-sig") if file.is_file() else ""
     except (OSError, ValueError) as error:
         raise SettingsError(f"{file} cannot be read as UTF-8: {error}") from None
-    variables = {}
-    for line in lines:
-        name, _, value = line.strip().removeprefix("export ").partition("=")
-        quoted = re.match(r"""\s*(["'])(.*?)\1""", value)
-        # A # begins a comment after a space.
-        variables[name.strip()] = quoted[2] if quoted else re.split(r"\s#", value)[0]
-    return variables
+    # Without quotes, a # begins a comment after a space.
+    line = r"""(?m)^\s*(?:export )?(\w+) *=(?: *(["'])(.*?)\2|(.*?)(?:\s#.*)?$)"""
+    found = re.findall(line, text)
+    return {name: quoted or value for name, _, quoted, value in found}
 
 
 # ---- The agent: make it yours
@@ -470,19 +467,11 @@ class Server:
         except (Exception, SystemExit) as error:
             log.error("%s failed: %s", asked, cause(error))
             raise web.HTTPInternalServerError(reason="see the agent's log") from None
-        finally:
-            if not request.content.is_eof():
-                # The rest is not even parsed.
-                request.protocol.close()
 
     def is_allowed(self, origin: str) -> bool:
         """Whether pages of an origin may start calls. A * in a setting is any text."""
-        allowed = self.agent.settings.allowed_origins.lower().replace(",", " ")
-        # To fnmatch, the [ of [::1] begins a set.
-        patterns = allowed.replace("[", "[[]").split()
-        # A :* holds without a port, too.
-        origins = [origin, f"{origin}:"]
-        return any(fnmatch.filter(origins, one.rstrip("/")) for one in patterns)
+        allowed = self.agent.settings.allowed_origins.lower().replace(",", " ").split()
+        return any(fnmatch.fnmatchcase(origin, one.rstrip("/")) for one in allowed)
 
     async def allow(self, request: web.Request, response: web.StreamResponse) -> None:
         """Lets pages of the allowed origins read a response, before it is sent."""
@@ -544,13 +533,12 @@ class Server:
             raise web.HTTPInternalServerError(reason="LAYERCODE_API_KEY is not set")
         # Named one by one, because Layercode takes other fields, too: with a
         # config, a visitor could have it call a webhook and a model of their own.
-        names = ("metadata", "sdk_version")
-        session = {name: page[name] for name in names if page.get(name) is not None}
-        session["agent_id"] = text_of(page, "agent_id", "pipeline_id")
-        if settings.layercode_agent_id not in ("", session["agent_id"]):
+        names = ("agent_id", "conversation_id", "metadata", "sdk_version")
+        session = {name: page[name] for name in names if page.get(name)}
+        if settings.layercode_agent_id not in ("", text_of(session, "agent_id")):
             raise web.HTTPForbidden(reason="agent_id is not LAYERCODE_AGENT_ID")
-        if page.get("conversation_id") or page.get("session_id"):
-            session["conversation_id"] = text_of(page, "conversation_id", "session_id")
+        if "conversation_id" in session:
+            text_of(session, "conversation_id")
         if await self.agent.admit(request, session) is not None:
             raise web.HTTPForbidden(reason="admit() has refused")
         return await self.ask_layercode(session)
@@ -564,26 +552,19 @@ class Server:
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         data = json.dumps(session)
         asking = post(url, data=data, headers=headers, allow_redirects=False)
-        body = b""
         try:
             async with asyncio.timeout(AUTHORIZE_PATIENCE), asking as response:
-                async for piece in response.content.iter_any():
-                    body += piece
-                    if len(body) > MAX_BODY:
-                        raise aiohttp.ClientPayloadError
+                # It may quote the request, and so the key.
+                body = (await response.read()).replace(key.encode(), b"***")
         except (aiohttp.ClientError, TimeoutError) as error:
             reason = f"Layercode could not be reached: {type(error).__name__}"
             raise web.HTTPBadGateway(reason=reason) from None
-        # It may quote the request, and so the key.
-        body = body.replace(key.encode(), b"***")
         if 200 <= response.status < 300:
             return web.Response(body=body, content_type="application/json")
-        reason = f"Layercode answered {response.status}"
+        # A reason is all that the browser SDK shows.
+        told = re.sub(r"[^ -~]+", " ", body.decode(errors="replace"))[:200]
+        reason = f"Layercode answered {response.status}: {told}"
         mistakes = {400: web.HTTPBadRequest, 402: web.HTTPPaymentRequired}
-        if response.status in mistakes:
-            # It is all that the browser SDK shows.
-            with contextlib.suppress(web.HTTPBadRequest):
-                reason = re.sub(r"[^ -~]+", " ", text_of(parse(body), "error"))[:200]
         raise mistakes.get(response.status, web.HTTPBadGateway)(reason=reason)
 
 
@@ -612,12 +593,9 @@ class Reply:
             self.turn.user = text_of(event, "text").strip()
         # To record; if empty, nothing is.
         self.facts: Event = {"user": self.turn.user}
-        headers = {
-            "Content-Type": "text/event-stream",
-            "Cache-Control": "no-cache, no-transform",
-            # Keeps nginx from holding it back.
-            "X-Accel-Buffering": "no",
-        }
+        # The second keeps nginx from holding it back.
+        headers = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}
+        headers["Cache-Control"] = "no-cache, no-transform"
         self.response = web.StreamResponse(headers=headers)
         # The last character, then what may be a mark.
         self.rest = "\n"
@@ -925,6 +903,9 @@ def open_gemini(agent: Agent) -> AsyncModels:
     """google-genai, which is slow to import, with the agent's key and `http`."""
     from google.genai import Client
 
+    # Otherwise all wait 60 ms when the collector
+    # looks at its 100,000 objects.
+    gc.freeze()
     # Left alone, it warns of other keys, and of parts that are no text.
     logging.getLogger("google_genai").setLevel("ERROR")
     # It would retry in seconds: see ask_twice().
@@ -1050,7 +1031,10 @@ class Answer:
         self.agent = agent
         self.history = history
         self.key = (event["conversation_id"], event["turn_id"])
-        self.tools = {tool.__name__: tool for tool in self.agent.tools(event)}
+        self.tools = {tool.__name__: tool for tool in agent.tools(event)}
+        declared = [declare(tool) for tool in self.tools.values()]
+        offer: Config = {"tools": [{"function_declarations": declared}]}
+        self.config = offer if declared else {}
         # The calls alone, for the history.
         self.recorded = list(history[-1].done)
         # By words, or by a tool's event.
@@ -1063,7 +1047,14 @@ class Answer:
         for rounds_left in reversed(range(MAX_ROUNDS + 1)):
             parts: list[types.Part] = []
             words = ""
-            async with contextlib.aclosing(self.ask(rounds_left)) as chunks:
+            # Without tools, it has to speak.
+            config = self.config if rounds_left else {}
+            request = request_for(self.agent, self.history, config)
+            ask = functools.partial(ask_once, self.agent, request)
+            # Words before a call are an answer.
+            has_words = bool if self.has_answered else speaks
+            asking = ask_twice(ask, has_words, self.agent.ask_again_after)
+            async with contextlib.aclosing(asking) as chunks:
                 async for chunk in chunks:
                     new = [part for part in chunk.parts or [] if part.text != ""]
                     parts += new
@@ -1096,20 +1087,6 @@ class Answer:
         for hang_up in hang_ups[:1]:
             yield hang_up
 
-    def ask(self, rounds_left: int) -> Chunks:
-        """Asks Gemini, which may call tools unless no rounds are left."""
-        config: Config = {}
-        if self.tools:
-            mode: Any = "AUTO" if rounds_left else "NONE"
-            declared = [declare(tool) for tool in self.tools.values()]
-            config["tools"] = [{"function_declarations": declared}]
-            config["tool_config"] = {"function_calling_config": {"mode": mode}}
-        # Words before a call are an answer.
-        has_words = (lambda chunk: True) if self.has_answered else speaks
-        request = request_for(self.agent, self.history, config)
-        after = self.agent.ask_again_after
-        return ask_twice(lambda: ask_once(self.agent, request), has_words, after)
-
     async def run(self, parts: list[types.Part]) -> list[Event]:
         """Runs tools to their end, with a record before and after; gives events."""
         options: Any = {"mode": "json", "by_alias": True, "exclude_none": True}
@@ -1137,7 +1114,6 @@ class Answer:
         from pydantic_core import to_jsonable_python
 
         name = (call.name or "").rpartition(".")[2]
-        options: Any = {"inf_nan_mode": "null", "bytes_mode": "base64", "fallback": str}
         try:
             if name not in self.tools:
                 raise LoggedError(f"no tool {name}, but {', '.join(self.tools)}")
@@ -1148,7 +1124,7 @@ class Answer:
                 if inspect.isawaitable(output):
                     output = await output
             # What is no JSON is told as well as can be.
-            output = to_jsonable_python(output, **options)
+            output = to_jsonable_python(output, inf_nan_mode="null", fallback=str)
             answer["response"] = {"output": output}
         except BaseException as error:
             # SystemExit would end the server.
@@ -1214,7 +1190,7 @@ def cause(error: BaseException) -> str:
 
     Other messages, which may quote a key or a caller, are for DEBUG and `chat`.
     """
-    details.debug("%s", name_of_task(), exc_info=error)
+    log.debug("%s", name_of_task(), exc_info=error)
     if isinstance(error, LoggedError):
         return str(error)
     # Python's, installed ones, and no file.
@@ -1245,12 +1221,13 @@ class Sparing(logging.Filter):
 
 # ---- The terminal, and the command line
 
-# Control characters, but for the line break.
-CONTROLS = dict.fromkeys([*range(10), *range(11, 32), *range(127, 160)])
-
 
 def chat(agent: Agent, url: str | None, fields: Event) -> None:
     """Chats with the agent at a URL, or with this one. Raises SettingsError."""
+    # Turns' lines would be among the words;
+    # whoever chats may read their own.
+    log.setLevel("DEBUG")
+    log.addFilter(lambda record: record.levelname != "INFO")
     # No proxy leads to the agent served here.
     opener = build_opener(ProxyHandler(None if url else {}))
     url = url or serve_beside(agent)
@@ -1284,7 +1261,9 @@ def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event
                     kinds.append(frame["type"])
                     if frame["type"] == "response.tts":
                         heard += frame["content"]
-                        show(frame["content"])
+                        # A terminal may know no emoji.
+                        known = frame["content"].encode(sys.stdout.encoding, "replace")
+                        print(known.decode(sys.stdout.encoding), end="", flush=True)
                     elif frame["type"] == "response.data":
                         print(f"[{json.dumps(frame.get('content'))}]")
         if "response.end" not in kinds:
@@ -1303,12 +1282,6 @@ def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event
     return report
 
 
-def show(words: str) -> None:
-    """Prints words to a terminal, which may know no emoji and obeys controls."""
-    known = words.translate(CONTROLS).encode(sys.stdout.encoding, "replace")
-    print(known.decode(sys.stdout.encoding), end="", flush=True)
-
-
 def serve_beside(agent: Agent) -> str:
     """Serves an agent in a thread; returns its webhook's URL, which listens already."""
     key = os.urandom(16).hex()
@@ -1322,34 +1295,28 @@ def serve_beside(agent: Agent) -> str:
 
 def serve(agent: Agent) -> None:
     """Serves the agent until the process is told to stop. Raises SettingsError."""
-    host = agent.settings.host
-    port = agent.settings.port
-
-    def when_up(_: str) -> None:
-        # All wait 60 ms when the collector looks at
-        # google-genai's 100,000 objects.
-        gc.freeze()
-        print(f"Up: http://{host}:{port}")
-        for field in dataclasses.fields(Settings):
-            # What is not shown is a secret.
-            if not field.repr and not getattr(agent.settings, field.name):
-                print(f"{field.name.upper()} is not set: see .env.example.")
-        if agent.settings.layercode_api_key and type(agent).admit is Agent.admit:
-            print("Everyone who reaches /authorize may start calls: override admit().")
-        print(f"Next: cloudflared tunnel --url http://localhost:{port}", flush=True)
-
-    # First, so that an error of the agent's start is not taken for this one.
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family)
-    except (OSError, OverflowError, UnicodeError) as error:
-        where = f"HOST={host} PORT={port}"
-        raise SettingsError(f"{where} cannot be listened on: {error}") from None
+    settings = agent.settings
+    hints = [f"Up: http://{settings.host}:{settings.port}"]
+    # What is not shown is a secret.
+    secrets = [one.name for one in dataclasses.fields(Settings) if not one.repr]
+    missing = [name.upper() for name in secrets if not getattr(settings, name)]
+    hints += [f"{name} is not set: see .env.example." for name in missing]
+    if settings.layercode_api_key and type(agent).admit is Agent.admit:
+        hints.append(
+            "Everyone who reaches /authorize may start calls: override admit()."
+        )
+    hints.append(f"Next: cloudflared tunnel --url http://localhost:{settings.port}")
     refusals.addFilter(Sparing())
+    options: Event = {"host": settings.host, "port": settings.port, **RUNNER_OPTIONS}
     # In a flood, whoever finds aiohttp's queue
     # of 128 full tries again after a second.
-    options = {"backlog": 1024, "logger": refusals, **RUNNER_OPTIONS}
-    web.run_app(agent.make_app(), sock=listener, print=when_up, **options)
+    options |= {"backlog": 1024, "logger": refusals}
+    options["print"] = lambda _: print(*hints, sep="\n", flush=True)
+    try:
+        web.run_app(agent.make_app(), **options)
+    except (OSError, OverflowError, UnicodeError) as error:
+        where = f"HOST={settings.host} PORT={settings.port}"
+        raise SettingsError(f"{where} cannot be listened on: {error}") from None
 
 
 def main(agent: type[Agent] = Agent) -> None:
@@ -1366,14 +1333,10 @@ def main(agent: type[Agent] = Agent) -> None:
     try:
         one = agent()
         log.setLevel(one.settings.log_level.upper())
-        if arguments.command is None:
+        if arguments.command:
+            chat(one, arguments.url, arguments.event)
+        else:
             serve(one)
-            return
-        # Turns' lines would be among the words;
-        # whoever chats may read their own.
-        log.setLevel("WARNING")
-        details.setLevel("DEBUG")
-        chat(one, arguments.url, arguments.event)
     except (KeyboardInterrupt, web.GracefulExit):
         pass
     except SettingsError as error:

@@ -424,7 +424,7 @@ async def serve(
     caplog.set_level("INFO", "agent")
     served: list[Agent] = []
     # pytest-aiohttp sets handler_cancellation by itself.
-    options: Any = {**agent.RUNNER_OPTIONS, "lingering_time": 0.1}
+    options: Any = {**agent.RUNNER_OPTIONS}
     del options["handler_cancellation"]
 
     def log() -> list[str]:
@@ -507,7 +507,7 @@ TOOL_PATIENCE 5, FILLER_AFTER 1.2, MAX_ROUNDS 5, STREAM_END_PATIENCE 0.1, GRACE 
 RECORD_PATIENCE 2, NOTICE_PATIENCE 30, BODY_PATIENCE 5, MAX_TURNS 50,
 AUTHORIZE_PATIENCE 10, TOLERANCE 300, MAX_CONVERSATIONS 10000, CHAT_PATIENCE 30"""
 OPTIONS = {"handler_cancellation": True, "auto_decompress": False, "access_log": None}
-WAITS = {"keepalive_timeout": 120, "lingering_time": 2, "shutdown_timeout": 1}
+WAITS = {"keepalive_timeout": 120, "lingering_time": 0, "shutdown_timeout": 1}
 
 
 async def test_limits_and_settings_are_those_that_are_promised() -> None:
@@ -891,7 +891,12 @@ WELL, STORY = f"Well. {APOLOGY}", "Once upon a time."
     ((400, "API_KEY_INVALID"), 1, APOLOGY, ": is GOOGLE_GENERATIVE_AI_API_KEY right?"),
     ((400, "Thinking level"), 1, APOLOGY, "GEMINI_THINKING suit GEMINI_MODEL=mod"),
     ((400, "User location is not supported"), 1, APOLOGY, "where this server runs"),
-    ((400, "instruction is not enabled"), 1, APOLOGY, "GEMINI_MODEL=models/gemma takes no "),
+    (
+        (400, "instruction is not enabled"),
+        1,
+        APOLOGY,
+        "GEMINI_MODEL=models/gemma takes no ",
+    ),
     ([BLOCKED], 1, APOLOGY, "PROHIBITED_CONTENT"),
     (["Well.", BLOCKED, forever], 1, WELL, "PROHIBITED_CONTENT"),
     (["Well.", SAFETY, forever], 1, WELL, "Gemini ended the answer: SAFETY"),
@@ -992,7 +997,7 @@ async def test_tools_get_what_their_types_say(serve: Serve) -> None:
     def bake(size: Size, minutes: int, topping: Topping, extra: int = 2) -> Any:
         given = [size, repr(minutes), topping, extra]
         is_right = given == [Size.SMALL, "2", Topping("ham"), 2]
-        return [is_right, float("nan"), b"\xff", object]
+        return [is_right, float("nan"), object]
 
     async def greet(guest: Guest) -> Guest:
         return guest
@@ -1003,7 +1008,7 @@ async def test_tools_get_what_their_types_say(serve: Serve) -> None:
     one = Own(given=[Kitchen().order, bake, greet])
     caller = await serve(one, [["So. ", calls[:2], calls[2:]]])
     assert await caller.say("A ham!") == f"So.  {SURE}"
-    outputs = ["number 1", [True, None, "_w==", str(object)], {"name": "Ana"}]
+    outputs = ["number 1", [True, None, str(object)], {"name": "Ana"}]
     assert caller.gemini.results() == [{"output": output} for output in outputs]
     called, told = [one["parts"] for one in caller.gemini.asked[-1]["contents"][1:]]
     assert called == [{"text": "So. "}, *calls]
@@ -1141,27 +1146,25 @@ async def test_a_filler_is_spoken_once_and_words_in_five_rounds(
     one = Own(given=[wait, Kitchen().order, returns("shows", DATA)])
     caller = await serve(one, scripts, FILLER_AFTER=0.1)
     assert (await caller.say("hello")).strip() == said
-    configs = [one["toolConfig"] for one in caller.gemini.asked]
-    modes = [one["functionCallingConfig"]["mode"] for one in configs]
-    assert modes == ["AUTO", "AUTO", "AUTO", "AUTO", "AUTO", "NONE"][:asked]
+    may_call = ["tools" in one for one in caller.gemini.asked]
+    assert may_call == [True, True, True, True, True, False][:asked]
 
 
 # ---- Web pages -----------------------------------------------------------------------
 
 ASKED = {"agent_id": "a"}
 HERE = Settings.allowed_origins
-THERE = "https://App.example.com/, https://*.shop.example http://[::1]:*"
+THERE = "https://App.example.com/, https://*.shop.example"
 
 
 @cases(
     (HERE, "http://localhost:5173", True),
-    (HERE, "http://[::1]:8000", True),
+    (HERE, "http://localhost", True),
     (HERE, "https://localhost.evil.example", False),
     (HERE, "null", False),
     (THERE, "https://app.example.com", True),
     (THERE, "https://leeds.shop.example", True),
     (THERE, "http://app.example.com", False),
-    (THERE, "http://::9", False),
     (THERE, "https://app.example.com.evil.example", False),
     (THERE, f"http://{'a' * 99}", False),
 )
@@ -1192,11 +1195,10 @@ DEEP = b'{"agent_id": "a", "metadata": ' + b"[" * 30_000 + b"]" * 30_000 + b"}"
 
 @cases(
     ({**FOUR, **MORE}, 200, FOUR),
-    ({"pipeline_id": "a", "session_id": "c"}, 200, ASKED | {"conversation_id": "c"}),
-    ({"agent_id": "a", "session_id": "", "metadata": None}, 200, ASKED),
+    ({"agent_id": "a", "session_id": "c", "metadata": None}, 200, ASKED),
     (b'{"agent_id": "a", "conversation+AF8-id": "c"}', 200, ASKED),
     ({"agent_id": 5}, 400, "agent_id is missing or not a text"),
-    ({**ASKED, "session_id": 5}, 400, "conversation_id is missing or not a text"),
+    ({**ASKED, "conversation_id": 5}, 400, "conversation_id is missing or not a text"),
     ({"agent_id": "b"}, 403, "agent_id is not LAYERCODE_AGENT_ID"),
     (DEEP, 400, OBJECT),
     (PAGE.ljust(2**16), 200, ASKED),
@@ -1234,9 +1236,8 @@ async def test_admit_refuses_in_its_own_way_or_adds_what_it_likes(serve: Serve) 
     moved = await caller.answer(ASKED, "/authorize?moved", page)
     assert (moved.status, moved.headers["Location"]) == (302, "/new")
     ana = {"Authorization": "Bearer ana"}
-    for name in ("conversation_id", "session_id"):
-        told = await caller.status({**ASKED, name: "c"}, "/authorize", ana)
-        assert told == (403, "no old conversations")
+    told = await caller.status({**ASKED, "conversation_id": "c"}, "/authorize", ana)
+    assert told == (403, "no old conversations")
     assert (await caller.status({**ASKED, **MORE}, "/authorize", ana))[0] == 200
     assert caller.gemini.sessions == [{**ASKED, "custom_metadata": {"name": "Ana"}}]
 
@@ -1313,7 +1314,7 @@ async def test_a_chat_shows_what_an_agent_sends_and_adds_to_webhooks(run: Run) -
     chat = await run("chat", "--event", ada, code=PIZZA, **odd)
     said, errors = await chat.communicate(b"Fail!\nBye\nnever\n")
     shown = said.decode("cp1252").splitlines()
-    assert shown[2:4] == ['[{"size": 9}]', "Hi [31mAda ?"]
+    assert shown[2:4] == ['[{"size": 9}]', "Hi \x1b[31mAda ?"]
     assert f"> {APOLOGY}" in shown and shown[-1] == "(the agent hung up)"
     assert "stand-in. You said 'Bye' and before that 'Fail!'. " in shown[-2]
     assert b"KeyError: 'a message of Ada'" in errors and b" failed: KeyErr" in errors
@@ -1334,7 +1335,7 @@ async def test_a_chat_shows_what_an_agent_sends_and_adds_to_webhooks(run: Run) -
     (["PORT=abc"], 1, "agent.py: PORT=abc is not a number"),
     (["HOST=nope.invalid"], 1, "HOST=nope.invalid PORT=3000 cannot be listened on"),
     (["PORT=99999"], 1, "PORT=99999 cannot be listened on"),
-    (["PORT={port}"], 1, "Address already in use"),
+    (["PORT={port}"], 1, "address already in use"),
 )
 async def test_a_start_that_cannot_be_ends_with_one_line(
     run: Run, aiohttp_server: AiohttpServer, words: list[str], status: int, told: str
