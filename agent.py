@@ -33,7 +33,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fnmatch
-import functools
 import gc
 import hashlib
 import hmac
@@ -63,8 +62,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 if TYPE_CHECKING:
-    from google.genai import errors, types
-    from google.genai.models import AsyncModels
+    from google.genai import errors, models, types
     from google.genai.types import GenerateContentConfigDict as Config
     from google.genai.types import GenerateContentResponse as Chunk
 
@@ -212,7 +210,7 @@ class Agent:
     ask_again_after = 2.5
 
     http: aiohttp.ClientSession
-    gemini: AsyncModels | None = None
+    gemini: models.AsyncModels | None = None
 
     def __init__(
         self, settings: Settings | None = None, histories: Histories | None = None
@@ -287,8 +285,7 @@ class Agent:
         hang-up ends it. Raises ModelError, aiohttp's errors, and, without a
         key, AssertionError.
         """
-        request = request_for(self, history, config or {})
-        return ask_twice(lambda: ask_once(self, request), speaks, self.ask_again_after)
+        return consult(self, history, config or {}, False)
 
     def make_app(self) -> web.Application:
         """The aiohttp application, to run with RUNNER_OPTIONS, or to mount."""
@@ -533,12 +530,13 @@ class Server:
             raise web.HTTPInternalServerError(reason="LAYERCODE_API_KEY is not set")
         # Named one by one, because Layercode takes other fields, too: with a
         # config, a visitor could have it call a webhook and a model of their own.
-        names = ("agent_id", "conversation_id", "metadata", "sdk_version")
+        names = ("metadata", "sdk_version")
         session = {name: page[name] for name in names if page.get(name)}
-        if settings.layercode_agent_id not in ("", text_of(session, "agent_id")):
+        session["agent_id"] = text_of(page, "agent_id", "pipeline_id")
+        if settings.layercode_agent_id not in ("", session["agent_id"]):
             raise web.HTTPForbidden(reason="agent_id is not LAYERCODE_AGENT_ID")
-        if "conversation_id" in session:
-            text_of(session, "conversation_id")
+        if page.get("conversation_id") or page.get("session_id"):
+            session["conversation_id"] = text_of(page, "conversation_id", "session_id")
         if await self.agent.admit(request, session) is not None:
             raise web.HTTPForbidden(reason="admit() has refused")
         return await self.ask_layercode(session)
@@ -552,13 +550,18 @@ class Server:
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         data = json.dumps(session)
         asking = post(url, data=data, headers=headers, allow_redirects=False)
+        body = b""
         try:
             async with asyncio.timeout(AUTHORIZE_PATIENCE), asking as response:
-                # It may quote the request, and so the key.
-                body = (await response.read()).replace(key.encode(), b"***")
+                async for piece in response.content.iter_any():
+                    body += piece
+                    if len(body) > MAX_BODY:
+                        raise aiohttp.ClientPayloadError
         except (aiohttp.ClientError, TimeoutError) as error:
             reason = f"Layercode could not be reached: {type(error).__name__}"
             raise web.HTTPBadGateway(reason=reason) from None
+        # It may quote the request, and so the key.
+        body = body.replace(key.encode(), b"***")
         if 200 <= response.status < 300:
             return web.Response(body=body, content_type="application/json")
         # A reason is all that the browser SDK shows.
@@ -899,7 +902,7 @@ async def first_to_succeed(tasks: list[asyncio.Task[T]]) -> T:
     return tasks[-1].result()
 
 
-def open_gemini(agent: Agent) -> AsyncModels:
+def open_gemini(agent: Agent) -> models.AsyncModels:
     """google-genai, which is slow to import, with the agent's key and `http`."""
     from google.genai import Client
 
@@ -923,8 +926,8 @@ async def warm_up(agent: Agent) -> None:
             await agent.gemini.get(model=agent.settings.gemini_model)
 
 
-def request_for(agent: Agent, history: list[Turn], config: Config) -> Config:
-    """What google-genai is asked, where `config` goes before the agent's defaults."""
+def consult(agent: Agent, history: list[Turn], config: Config, is_said: bool) -> Chunks:
+    """Gemini's answer to a history; if all is said already, it may have no words."""
     level: Any = agent.settings.gemini_thinking.upper()
     # Every caller waits while google-genai builds contents, 0.25 ms for
     # each message. An extra_body is only merged, 1.5 ms for 40 turns.
@@ -934,13 +937,15 @@ def request_for(agent: Agent, history: list[Turn], config: Config) -> Config:
         instruction = f"{agent.persona}\n{agent.voice_rules}"
         body["systemInstruction"] = {"parts": [{"text": instruction}]}
     options["extra_body"] = body
-    return {
+    request: Config = {
         "thinking_config": {"thinking_level": level} if level else None,
         **config,
         "http_options": options,
         # It would call functions, and some twice.
         "automatic_function_calling": {"disable": True},
     }
+    has_words = (lambda chunk: True) if is_said else speaks
+    return ask_twice(lambda: ask_once(agent, request), has_words, agent.ask_again_after)
 
 
 async def ask_once(agent: Agent, request: Config) -> Chunks:
@@ -1033,8 +1038,8 @@ class Answer:
         self.key = (event["conversation_id"], event["turn_id"])
         self.tools = {tool.__name__: tool for tool in agent.tools(event)}
         declared = [declare(tool) for tool in self.tools.values()]
-        offer: Config = {"tools": [{"function_declarations": declared}]}
-        self.config = offer if declared else {}
+        offered: Any = [{"function_declarations": declared}]
+        self.offered = offered if declared else None
         # The calls alone, for the history.
         self.recorded = list(history[-1].done)
         # By words, or by a tool's event.
@@ -1048,12 +1053,9 @@ class Answer:
             parts: list[types.Part] = []
             words = ""
             # Without tools, it has to speak.
-            config = self.config if rounds_left else {}
-            request = request_for(self.agent, self.history, config)
-            ask = functools.partial(ask_once, self.agent, request)
+            config: Config = {"tools": self.offered if rounds_left else None}
             # Words before a call are an answer.
-            has_words = bool if self.has_answered else speaks
-            asking = ask_twice(ask, has_words, self.agent.ask_again_after)
+            asking = consult(self.agent, self.history, config, self.has_answered)
             async with contextlib.aclosing(asking) as chunks:
                 async for chunk in chunks:
                     new = [part for part in chunk.parts or [] if part.text != ""]
@@ -1270,7 +1272,8 @@ def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event
             raise ValueError("The answer has no response.end. What does the log say?")
     except KeyboardInterrupt:
         # It has hung up, as Layercode does.
-        told = {"text_heard": heard, "assistant_turn_id": event["turn_id"]}
+        told = {"text_heard": heard, "words_heard": len(heard.split())}
+        told |= {"assistant_turn_id": event["turn_id"]}
         report = {"interruption_context": {"previous_turn_interrupted": True, **told}}
     except Exception as error:
         # Anything may stand behind a URL.

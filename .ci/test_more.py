@@ -233,6 +233,7 @@ WHY = '{"error": "no ***,\\nn r that"}'
     ({"status": 402, **QUOTED}, {}, (402, f"Layercode answered 402: {WHY}")),
     ({"status": 401, **QUOTED}, {}, (502, f"Layercode answered 401: {WHY}")),
     ({"status": 307}, {}, (502, "Layercode answered 307: {***}")),
+    ({"text": " " * (2**20 + 1)}, {}, (502, f"{AWAY} ClientPayloadError")),
     ({}, {"AUTHORIZE_PATIENCE": 0}, (502, f"{AWAY} TimeoutError")),
 )
 async def test_the_page_gets_layercode_s_answer_or_why_there_is_none(
