@@ -121,8 +121,8 @@ RUNNER_OPTIONS: dict[str, Any] = {
     "auto_decompress": False,
     # Longer than nginx's 60, cloudflared's 90.
     "keepalive_timeout": 120,
-    # The rest of a body that is refused is not read.
-    "lingering_time": 0,
+    # For the rest of a body that was refused.
+    "lingering_time": 2,
     # After Agent.stop(); aiohttp waits it twice.
     "shutdown_timeout": 1,
     "access_log": None,
@@ -464,6 +464,10 @@ class Server:
         except (Exception, SystemExit) as error:
             log.error("%s failed: %s", asked, cause(error))
             raise web.HTTPInternalServerError(reason="see the agent's log") from None
+        finally:
+            if not request.content.is_eof():
+                # The rest is not even parsed.
+                request.protocol.close()
 
     def is_allowed(self, origin: str) -> bool:
         """Whether pages of an origin may start calls. A * in a setting is any text."""

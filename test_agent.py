@@ -424,7 +424,7 @@ async def serve(
     caplog.set_level("INFO", "agent")
     served: list[Agent] = []
     # pytest-aiohttp sets handler_cancellation by itself.
-    options: Any = {**agent.RUNNER_OPTIONS}
+    options: Any = {**agent.RUNNER_OPTIONS, "lingering_time": 0.1}
     del options["handler_cancellation"]
 
     def log() -> list[str]:
@@ -507,7 +507,7 @@ TOOL_PATIENCE 5, FILLER_AFTER 1.2, MAX_ROUNDS 5, STREAM_END_PATIENCE 0.1, GRACE 
 RECORD_PATIENCE 2, NOTICE_PATIENCE 30, BODY_PATIENCE 5, MAX_TURNS 50,
 AUTHORIZE_PATIENCE 10, TOLERANCE 300, MAX_CONVERSATIONS 10000, CHAT_PATIENCE 30"""
 OPTIONS = {"handler_cancellation": True, "auto_decompress": False, "access_log": None}
-WAITS = {"keepalive_timeout": 120, "lingering_time": 0, "shutdown_timeout": 1}
+WAITS = {"keepalive_timeout": 120, "lingering_time": 2, "shutdown_timeout": 1}
 
 
 async def test_limits_and_settings_are_those_that_are_promised() -> None:
