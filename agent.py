@@ -36,7 +36,6 @@ import fnmatch
 import gc
 import hashlib
 import hmac
-import inspect
 import json
 import logging
 import os
@@ -50,7 +49,7 @@ import time
 import traceback
 import urllib.request
 from collections.abc import AsyncGenerator as Stream
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
@@ -95,8 +94,6 @@ RECORD_PATIENCE = 2.0
 NOTICE_PATIENCE = 30.0
 BODY_PATIENCE = 5.0
 AUTHORIZE_PATIENCE = 10.0
-# For each next part of an answer in `chat`.
-CHAT_PATIENCE = 30.0
 # For calls at a stop. To cut off the rest takes
 # 3 more: `docker stop` waits 10.
 GRACE = 5.0
@@ -280,10 +277,10 @@ class Agent:
     def ask(self, history: list[Turn], config: Config | None = None) -> Chunks:
         """Gemini's answer to the last turn of the history, as google-genai's chunks.
 
-        `config` goes before the defaults here, but its functions are never
-        called: see tools(). Use it with contextlib.aclosing(), so that a
-        hang-up ends it. Raises ModelError, aiohttp's errors, and, without a
-        key, AssertionError.
+        `config` goes before the defaults here, but for http_options; its
+        functions are never called: see tools(). Use contextlib.aclosing(), so
+        that a hang-up ends it. Raises ModelError, aiohttp's errors, and,
+        without a key, AssertionError.
         """
         return consult(self, history, config or {}, False)
 
@@ -734,13 +731,15 @@ class Reply:
             words = self.plain(piece["content"] if is_speech else "", not is_speech)
             events = [{"type": "response.tts", "content": words}] if words else []
             events += [] if is_speech else [piece]
-            text = "".join(map(self.frame, events))
+            named = [{**event, "turn_id": self.key[1]} for event in events]
+            frames = [json.dumps(event, allow_nan=False) for event in named]
         except Exception as error:
             what = f"yields a {type(piece).__name__}: it must be a str or an event"
             raise LoggedError(f"{self.place} {what} as JSON: {error}") from None
         if words.strip():
             self.times.append(1000 * (time.monotonic() - self.started))
         self.may_be_silent = self.may_be_silent or not is_speech
+        text = "".join(f"data: {frame}\n\n" for frame in frames)
         await self.response.write(text.encode())
         self.turn.spoken += words
 
@@ -752,11 +751,6 @@ class Reply:
         self.rest = text[end - 1 :]
         # The first one is spoken already.
         return MARKS.sub(r"\g<text>", text[:end])[1:]
-
-    def frame(self, event: Event) -> str:
-        """An event as Layercode reads it. Raises ValueError for NaN."""
-        text = json.dumps({**event, "turn_id": self.key[1]}, allow_nan=False)
-        return f"data: {text}\n\n"
 
 
 async def say_once(words: str) -> Speech:
@@ -935,16 +929,14 @@ def consult(agent: Agent, history: list[Turn], config: Config, is_said: bool) ->
     level: Any = agent.settings.gemini_thinking.upper()
     # Every caller waits while google-genai builds contents, 0.25 ms for
     # each message. An extra_body is only merged, 1.5 ms for 40 turns.
-    options: Any = dict(config.get("http_options") or {})
-    body = {"contents": contents(history), **(options.get("extra_body") or {})}
+    body: Event = {"contents": contents(history)}
     if "system_instruction" not in config:
         instruction = f"{agent.persona}\n{agent.voice_rules}"
         body["systemInstruction"] = {"parts": [{"text": instruction}]}
-    options["extra_body"] = body
     request: Config = {
         "thinking_config": {"thinking_level": level} if level else None,
         **config,
-        "http_options": options,
+        "http_options": {"extra_body": body},
         # It would call functions, and some twice.
         "automatic_function_calling": {"disable": True},
     }
@@ -976,8 +968,7 @@ async def ask_once(agent: Agent, request: Config) -> Chunks:
             yield chunk
     except (StopAsyncIteration, TimeoutError):
         if ending not in ("STOP", "MAX_TOKENS"):
-            why = ending or "it broke off"
-            raise ModelError(f"Gemini ended the answer: {why}") from None
+            raise ModelError(f"Gemini's answer ended: {ending or 'cut off'}") from None
     except APIError as error:
         raise explain(error, f"GEMINI_MODEL={model}") from None
     finally:
@@ -1025,7 +1016,7 @@ async def stand_in(history: list[Turn]) -> Speech:
 # ---- Tools
 
 # What Gemini is told of a tool that runs.
-HAS_BEGUN = {"output": "It has begun, and may go on. Do not call it again unasked."}
+BEGUN = {"status": "It has begun, and may go on. Do not call it again unasked."}
 
 
 class Answer:
@@ -1046,20 +1037,20 @@ class Answer:
         self.offered = offered if declared else None
         # The calls alone, for the history.
         self.recorded = list(history[-1].done)
-        # By words, or by a tool's event.
-        self.has_answered = False
 
     async def speak(self) -> Speech:
         """Yields the words of the answer, and what the tools have for the page."""
         filler = f"{self.agent.filler} "
-        hang_ups: list[Event] = []
+        hang_up: Event = {}
+        # By words, or by a tool's event.
+        has_answered = False
         for rounds_left in reversed(range(MAX_ROUNDS + 1)):
             parts: list[types.Part] = []
             words = ""
             # Without tools, it has to speak.
             config: Config = {"tools": self.offered if rounds_left else None}
             # Words before a call are an answer.
-            asking = consult(self.agent, self.history, config, self.has_answered)
+            asking = consult(self.agent, self.history, config, has_answered)
             async with contextlib.aclosing(asking) as chunks:
                 async for chunk in chunks:
                     new = [part for part in chunk.parts or [] if part.text != ""]
@@ -1067,55 +1058,55 @@ class Answer:
                     text = "".join(one.text or "" for one in new if not one.thought)
                     words += text
                     yield text
-            self.has_answered = self.has_answered or words.strip() != ""
+            has_answered = has_answered or words.strip() != ""
             calls = [part.function_call for part in parts if part.function_call]
             if not calls or not rounds_left:
                 break
             for call in calls:
-                yield state_of(call, "running")
+                yield state_of(call.name, "running")
             running = self.agent.start(self.run(parts))
             self.agent.tools_running[self.key] = running
             # An interruption here ends no tool.
-            patience = None if self.has_answered else FILLER_AFTER
+            patience = None if has_answered else FILLER_AFTER
             await asyncio.wait([running], timeout=patience)
             if not running.done():
                 yield filler
                 filler = ""
-            for event in await asyncio.shield(running):
-                if event["type"] == "response.hangup":
-                    hang_ups.append(event)
-                else:
-                    yield event
-            if hang_ups and words:
+            for answer in await asyncio.shield(running):
+                is_done = "output" in answer["response"]
+                yield state_of(answer["name"], "done" if is_done else "failed")
+                match answer["response"].get("output"):
+                    case {"type": "response.hangup"} as hang_up:
+                        has_answered = True
+                    case {"type": "response.data" | "response.tts"} as event:
+                        has_answered = True
+                        yield event
+            if hang_up and words:
                 # That was the goodbye.
                 break
             yield " " if words else ""
-        for hang_up in hang_ups[:1]:
-            yield hang_up
+        yield hang_up or ""
 
     async def run(self, parts: list[types.Part]) -> list[Event]:
-        """Runs tools to their end, with a record before and after; gives events."""
+        """Runs tools to their end, with a record before and after; gives answers."""
         options: Any = {"mode": "json", "by_alias": True, "exclude_none": True}
         # With their thought signatures.
         sent = [part.model_dump(**options) for part in parts]
         called = [part for part in sent if "functionCall" in part]
         calls = [part.function_call for part in parts if part.function_call]
-        answers = [
-            {"id": call.id, "name": call.name, "response": HAS_BEGUN} for call in calls
-        ]
+        answers = [{"id": one.id, "name": one.name, "response": BEGUN} for one in calls]
         told = [{"functionResponse": answer} for answer in answers]
         reply = {"role": "user", "parts": told}
         turn = self.history[-1]
         turn.done = [*turn.done, {"role": "model", "parts": sent}, reply]
         self.recorded += [{"role": "model", "parts": called}, reply]
         await record(self.agent, self.key, {"done": self.recorded})
-        tasks = map(self.agent.start, map(self.call, calls, answers))
-        events = await asyncio.gather(*tasks)
+        await asyncio.gather(*map(self.agent.start, map(self.call, calls, answers)))
         await record(self.agent, self.key, {"done": self.recorded})
-        return [event for some in events for event in some]
+        return answers
 
-    async def call(self, call: types.FunctionCall, answer: Event) -> list[Event]:
-        """Puts into an answer what a tool gives, or its error; returns its events."""
+    async def call(self, call: types.FunctionCall, answer: Event) -> None:
+        """Puts into an answer what a tool gives, or its error."""
         import pydantic
         from pydantic_core import to_jsonable_python
 
@@ -1127,7 +1118,7 @@ class Answer:
             async with asyncio.timeout(TOOL_PATIENCE):
                 output = await in_thread(lambda: tool(**call.args or {}))
                 # An async one was only called there.
-                if inspect.isawaitable(output):
+                if isinstance(output, Awaitable):
                     output = await output
             # What is no JSON is told as well as can be.
             output = to_jsonable_python(output, inf_nan_mode="null", fallback=str)
@@ -1135,15 +1126,9 @@ class Answer:
         except BaseException as error:
             # SystemExit would end the server.
             log.warning("%s tool %.60r failed: %s", name_of_task(), name, cause(error))
-            # After a timeout, HAS_BEGUN stays.
+            # After a timeout, BEGUN stays.
             if not isinstance(error, TimeoutError):
                 answer["response"] = {"error": f"{type(error).__name__}: {error}"}
-            return [state_of(call, "failed")]
-        match output:
-            case {"type": "response.data" | "response.tts" | "response.hangup"}:
-                self.has_answered = True
-                return [state_of(call, "done"), output]
-        return [state_of(call, "done")]
 
 
 def declare(tool: Tool) -> types.FunctionDeclarationDict:
@@ -1152,16 +1137,16 @@ def declare(tool: Tool) -> types.FunctionDeclarationDict:
 
     kind: Any = tool
     schema = pydantic.TypeAdapter(kind).json_schema()
-    return {
-        "name": tool.__name__,
-        "description": inspect.getdoc(tool) or "",
-        "parameters_json_schema": schema if schema.get("properties") else None,
-    }
+    told: types.FunctionDeclarationDict = {"name": tool.__name__}
+    told["description"] = tool.__doc__ or ""
+    if schema.get("properties"):
+        told["parameters_json_schema"] = schema
+    return told
 
 
-def state_of(call: types.FunctionCall, state: str) -> Event:
+def state_of(name: str | None, state: str) -> Event:
     """What the page is told of a tool: that it is running, done, or failed."""
-    content = {"tool": (call.name or "").rpartition(".")[2], "state": state}
+    content = {"tool": (name or "").rpartition(".")[2], "state": state}
     return {"type": "response.data", "content": content}
 
 
@@ -1227,6 +1212,9 @@ class Sparing(logging.Filter):
 
 # ---- The terminal, and the command line
 
+# Control characters, but for the line break.
+CONTROLS = dict.fromkeys([*range(10), *range(11, 32), *range(127, 160)])
+
 
 def chat(agent: Agent, url: str | None, fields: Event) -> None:
     """Chats with the agent at a URL, or with this one. Raises SettingsError."""
@@ -1245,7 +1233,7 @@ def chat(agent: Agent, url: str | None, fields: Event) -> None:
         while True:
             event = {**fields, **event, "turn_id": os.urandom(8).hex()}
             report = listen(opener, url, agent.settings.layercode_webhook_secret, event)
-            event = {"type": "message", "text": input("> "), **report}
+            event = {"type": "message", "text": input("\n> "), **report}
 
 
 def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event:
@@ -1255,20 +1243,20 @@ def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event
     """
     heard = ""
     kinds = []
-    report: Event = {}
     try:
         body = json.dumps(event).encode()
         request = Request(url, body, {"Content-Type": "application/json"})
         request.add_header("layercode-signature", sign(body, secret))
-        with opener.open(request, timeout=CHAT_PATIENCE) as answer:
+        with opener.open(request, timeout=30) as answer:
             for line in answer:
                 if line.startswith(b"data:"):
                     frame = json.loads(line.removeprefix(b"data:"))
                     kinds.append(frame["type"])
                     if frame["type"] == "response.tts":
                         heard += frame["content"]
-                        # A terminal may know no emoji.
-                        known = frame["content"].encode(sys.stdout.encoding, "replace")
+                        # A terminal may know no emoji, and obeys controls.
+                        words = frame["content"].translate(CONTROLS)
+                        known = words.encode(sys.stdout.encoding, "replace")
                         print(known.decode(sys.stdout.encoding), end="", flush=True)
                     elif frame["type"] == "response.data":
                         print(f"[{json.dumps(frame.get('content'))}]")
@@ -1278,15 +1266,14 @@ def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event
         # It has hung up, as Layercode does.
         told = {"text_heard": heard, "words_heard": len(heard.split())}
         told |= {"assistant_turn_id": event["turn_id"]}
-        report = {"interruption_context": {"previous_turn_interrupted": True, **told}}
+        return {"interruption_context": {"previous_turn_interrupted": True, **told}}
     except Exception as error:
         # Anything may stand behind a URL.
         raise SettingsError(f"{url}: {error}") from None
-    print()
     if "response.hangup" in kinds:
-        print("(the agent hung up)")
+        print("\n(the agent hung up)")
         raise EOFError
-    return report
+    return {}
 
 
 def serve_beside(agent: Agent) -> str:

@@ -38,20 +38,17 @@ async def test_ask_takes_a_config_but_calls_no_function(serve: Serve) -> None:
         called.extend([chunk async for chunk in one.ask([Turn("hello")], config)])
 
     called: list[Any] = []
-    more = {"headers": {"x-shop": "Leeds"}, "extra_body": {"labels": {"a": "b"}}}
-    config: Any = {"system_instruction": "Be brief.", "http_options": more}
-    config |= {"thinking_config": {"thinking_budget": 7}, "tools": [order]}
+    config: Any = {"system_instruction": "Be brief.", "tools": [order]}
+    config |= {"thinking_config": {"thinking_budget": 7}}
     config |= {"automatic_function_calling": {"disable": False}}
     one = Own(ask, settings=replace(SETTINGS, gemini_thinking="low"))
     # A call of a tool is as good as a word: nothing is asked again.
     caller = await serve(one, [[[test_agent.call("order")]]])
     await caller.say()
     [asked] = caller.gemini.asked
-    assert len(called) > 1 and "order" not in called and asked["labels"] == {"a": "b"}
+    assert len(called) > 1 and "order" not in called
     assert asked["systemInstruction"]["parts"] == [{"text": "Be brief."}]
     assert asked["generationConfig"] == {"thinkingConfig": {"thinking_budget": 7}}
-    [post] = [one for one in caller.gemini.requests if one.method == "POST"]
-    assert post.headers["x-shop"] == "Leeds"
 
 
 @cases(("INFO", False), ("DEBUG", True))
