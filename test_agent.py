@@ -503,9 +503,8 @@ async def end_of(process: Process) -> tuple[int | None, str]:
 # ---- Limits and settings -------------------------------------------------------------
 
 LIMITS = """
-TOOL_PATIENCE 5, FILLER_AFTER 1.2, MAX_ROUNDS 5, STREAM_END_PATIENCE 0.1, GRACE 5,
-RECORD_PATIENCE 2, NOTICE_PATIENCE 30, BODY_PATIENCE 5, MAX_TURNS 50,
-AUTHORIZE_PATIENCE 10, TOLERANCE 300, MAX_CONVERSATIONS 10000"""
+TOOL_PATIENCE 5, FILLER_AFTER 1.2, RECORD_PATIENCE 2, NOTICE_PATIENCE 30, GRACE 5,
+BODY_PATIENCE 5, AUTHORIZE_PATIENCE 10, MAX_TURNS 50, MAX_CONVERSATIONS 10000"""
 OPTIONS = {"handler_cancellation": True, "auto_decompress": False, "access_log": None}
 WAITS = {"keepalive_timeout": 120, "lingering_time": 2, "shutdown_timeout": 1}
 
@@ -616,7 +615,8 @@ async def test_a_store_gets_each_fact_when_it_is_known(serve: Serve) -> None:
     await caller.say("one", turn_id="1")
     await caller.say("two", turn_id="2", **report("Su", "1"))
     over = {"spoken": SURE, "finished": True}
-    told = [{"user": "one"}, {"user": "one", **over}, {"heard": "Su"}]
+    told = [{"user": "one"}, {"user": "one", **over}]
+    told += [{"finished": False, "heard": "Su"}]
     told += [{"user": "two"}, {"user": "two", **over}]
     assert [facts for *_, facts in store.facts] == told
     assert caller.gemini.shown() == ["two"]
@@ -674,7 +674,7 @@ async def test_the_answer_has_the_form_that_layercode_reads(caller: Caller) -> N
 
 OBJECT = "the body is not a JSON object"
 RUBBISH = [b" ", b"null", b"5", b'["ab"]', b"\xff", b"{", b"[" * 100_000, b"1" * 5000]
-FIELDS = [*product(["type", "conversation_id", "turn_id", "text"], [0, {}, ...])][:-1]
+FIELDS = [*product(["type", "conversation_id", "turn_id"], [0, {}, ...])]
 
 
 @cases(
@@ -682,7 +682,7 @@ FIELDS = [*product(["type", "conversation_id", "turn_id", "text"], [0, {}, ...])
     *(({name: it}, 400, f"{name} is missing or not a text") for name, it in FIELDS),
     (b'{"type": "new", "session_id": "a"}'.ljust(2**20), 200, "{}"),
     (b"{}".ljust(2**20 + 1), 413, ""),
-    *(({"type": it, "turn_id": ...}, 200, "{}") for it in ("data", "session.start")),
+    *(({"type": "session.start", "turn_id": it}, 200, "{}") for it in (None, ...)),
     *(({"text": text}, 200, APOLOGY) for text in ("", "  ", None, ...)),
     *(({name: "a\ud800"}, 200, "problem.") for name in ("text", "turn_id", "more")),
 )
@@ -706,9 +706,9 @@ CHUNKS = "Transfer-Encoding: chunked"
 @cases(
     *((path, [CHUNKS], "411 ") for path in ("/agent", "/authorize", "/nowhere")),
     ("/agent", [NINE], "401 "),
-    ("/agent", [NINE, "layercode-signature: t=1,v1=0"], "401 "),
     ("/agent", [NINE, SIGNED], "408 "),
     ("/authorize", [NINE], "408 "),
+    ("/agent", [ONE, "layercode-signature: t=1,v1=0"], "401 "),
     ("/agent", [ONE, "layercode-signature: \xe9"], "401 "),
     ("/agent", [ONE, SIGNED[:35] + "1=\xe9"], "401 "),
     (f"/{'nowhere' * 99}", [ONE], "404 Not Found"),
@@ -774,7 +774,7 @@ async def test_a_reply_that_is_cut_off_says_nothing_more(serve: Serve) -> None:
         await caller.hear(response, "Once upon ")
         one.pieces = ("Well.",)
         assert await caller.say("Stop!") == "Well."
-        assert "response.tts" not in await response.text()
+        assert "response.end" not in await response.text()
     assert (one.history[0].spoken, one.history[0].finished) == ("Once upon ", False)
     interrupted, spoken = caller.log()
     assert " interrupted first_word=" in interrupted and " spoken first_word=" in spoken
@@ -883,25 +883,20 @@ WELL, STORY = f"Well. {APOLOGY}", "Once upon a time."
     ([" ", "\n", "**"], 2, APOLOGY, "no words"),
     ([[THOUGHT]], 2, APOLOGY, "no words"),
     ([CUT], 2, APOLOGY, "ClientPayloadError at "),
-    ([b""], 2, APOLOGY, "answer ended: cut off"),
+    ([b""], 2, APOLOGY, "ended: cut off"),
     ([GARBLED], 2, APOLOGY, "UnknownApiResponseError at "),
     ([SAFETY, forever], 2, APOLOGY, "Gemini's answer ended: SAFETY"),
     ((403,), 1, APOLOGY, "ClientError 403 STATUS first_word"),
-    ((404,), 1, APOLOGY, "ClientError 404 STATUS: is GEMINI_MODEL=models/gemma right?"),
+    ((404,), 1, APOLOGY, "ClientError 404 STATUS: is GEMINI_MODEL=models/gem"),
     ((400, "API_KEY_INVALID"), 1, APOLOGY, ": is GOOGLE_GENERATIVE_AI_API_KEY right?"),
-    ((400, "Thinking level"), 1, APOLOGY, "GEMINI_THINKING suit GEMINI_MODEL=mod"),
+    ((400, "Thinking level"), 1, APOLOGY, "GEMINI_THINKING=low suit GEMINI_MODEL=mod"),
     ((400, "User location is not supported"), 1, APOLOGY, "where this server runs"),
-    (
-        (400, "instruction is not enabled"),
-        1,
-        APOLOGY,
-        "GEMINI_MODEL=models/gemma takes no ",
-    ),
+    ((400, "instruction is not enabled"), 1, APOLOGY, "GEMINI_MODEL=models/gemma take"),
     ([BLOCKED], 1, APOLOGY, "PROHIBITED_CONTENT"),
     (["Well.", BLOCKED, forever], 1, WELL, "PROHIBITED_CONTENT"),
     (["Well.", SAFETY, forever], 1, WELL, "Gemini's answer ended: SAFETY"),
     (["Well.", CUT], 1, WELL, "ClientPayloadError at "),
-    (["Well.", b""], 1, WELL, "answer ended: cut off"),
+    (["Well.", b""], 1, WELL, "ended: cut off"),
     (["Well.", forever], 1, WELL, "TimeoutError: nothing came for 0.3 s"),
     ([[THOUGHT], [THOUGHT, {"text": "\u597d"}]], 1, "\u597d", ""),
     ([chunk("Once ", "STOP"), chunk("upon a time.", "STOP"), b""], 1, STORY, ""),
@@ -1198,8 +1193,6 @@ DEEP = b'{"agent_id": "a", "metadata": ' + b"[" * 30_000 + b"]" * 30_000 + b"}"
     ({"pipeline_id": "a", "session_id": "c"}, 200, ASKED | {"conversation_id": "c"}),
     ({"agent_id": "a", "session_id": "", "metadata": None}, 200, ASKED),
     (b'{"agent_id": "a", "conversation+AF8-id": "c"}', 200, ASKED),
-    ({"agent_id": 5}, 400, "agent_id is missing or not a text"),
-    ({**ASKED, "session_id": 5}, 400, "conversation_id is missing or not a text"),
     ({"agent_id": "b"}, 403, "agent_id is not LAYERCODE_AGENT_ID"),
     (DEEP, 400, OBJECT),
     (PAGE.ljust(2**16), 200, ASKED),
@@ -1284,7 +1277,7 @@ async def test_ctrl_c_interrupts_a_chat(serve: Serve, run: Run, bye: bytes) -> N
     assert await end_of(chat) == (0, "")
     _, story, stop = one.events
     context = {**stop["interruption_context"]}
-    assert (context.pop("words_heard"), "interruption_context" in story) == (2, False)
+    assert "interruption_context" not in story
     assert report("Once upon ", story["turn_id"]) == {"interruption_context": context}
     assert (story["text"], one.history[1].heard) == ("A story!", "Once upon ")
 
@@ -1317,9 +1310,9 @@ async def test_a_chat_shows_what_an_agent_sends_and_adds_to_webhooks(run: Run) -
     chat = await run("chat", "--event", ada, code=PIZZA, **odd)
     said, errors = await chat.communicate(b"Fail!\nBye\nnever\n")
     shown = said.decode("cp1252").splitlines()
-    assert shown[2:4] == ['[{"size": 9}]', "Hi [31mAda ?"]
+    assert shown[2:4] == ['[{"size": 9}]', "Hi \x1b[31mAda ?"]
     assert f"> {APOLOGY}" in shown and shown[-1] == "(the agent hung up)"
-    assert "stand-in. You said 'Bye' and before that 'Fail!'. " in shown[-2]
+    assert "stand-in. You said 'Bye'. Set GOOGLE" in shown[-2]
     assert b"KeyError: 'a message of Ada'" in errors and b" failed: KeyErr" in errors
     assert (chat.returncode, b" spoken " in errors) == (0, False)
 
@@ -1336,9 +1329,9 @@ async def test_a_chat_shows_what_an_agent_sends_and_adds_to_webhooks(run: Run) -
     (["chat", "http://127.0.0.1:1"], 1, "http://127.0.0.1:1: "),
     (["chat", "--event", "[1]"], 2, "JSON object"),
     (["PORT=abc"], 1, "agent.py: PORT=abc is not a number"),
-    (["HOST=nope.invalid"], 1, "HOST=nope.invalid PORT=3000 cannot be listened on"),
-    (["PORT=99999"], 1, "PORT=99999 cannot be listened on"),
-    (["PORT={port}"], 1, "address already in use"),
+    (["HOST=nope.invalid"], 1, "HOST=nope.invalid PORT=3000 cannot be served: "),
+    (["PORT=99999"], 1, "PORT=99999 cannot be served: "),
+    (["PORT={port}"], 1, "PORT={port} cannot be served: "),
 )
 async def test_a_start_that_cannot_be_ends_with_one_line(
     run: Run, aiohttp_server: AiohttpServer, words: list[str], status: int, told: str
@@ -1376,7 +1369,8 @@ async def test_an_agent_of_one_s_own_is_served_interrupted_and_stopped(
     async with caller.post(caller.event("A story!")) as response:
         await caller.hear(response, "Once upon ")
         process.send_signal(how)
-        await process.stderr.readuntil(b"; once more stops at once.")
+        while b"; once more stops at once." not in await process.stderr.readline():
+            pass
         with pytest.raises(aiohttp.ClientConnectorError):
             await caller.another().say()
         if times == 2:
@@ -1398,8 +1392,6 @@ async def test_it_serves_this_machine_only_and_says_what_is_not_configured(
     process = await run(PORT=str(unused_tcp_port), LAYERCODE_API_KEY=API_KEY)
     said = await printed(process, f"http://localhost:{unused_tcp_port}\n")
     assert said.startswith(f"Up: http://127.0.0.1:{unused_tcp_port}\n")
-    assert "LAYERCODE_WEBHOOK_SECRET is not set" in said
-    assert "LAYERCODE_API_KEY is" not in said
     assert API_KEY not in said and "may start calls: override admit()" in said
     with pytest.raises(ConnectionError):
         socket.create_connection(("127.0.0.2", unused_tcp_port))

@@ -69,10 +69,9 @@ def main() -> None:
         ruff_failures = check_blocks(Path(one), blocks)
         mypy_failures, untyped = check_types(Path(other))
     ours = subprocess.check_output(["git", "ls-files", ".ci"], cwd=ROOT, text=True)
-    # For agent.py, where it stands: the goal is 1,150 lines, 800 of them code.
     figures: list[tuple[str, float, float]] = [
-        ("agent.py, lines", count_lines("agent.py"), 1410),
-        ("agent.py, lines of code", count_code(AGENT), 915),
+        ("agent.py, lines", count_lines("agent.py"), 1150),
+        ("agent.py, lines of code", count_code(AGENT), 800),
         ("agent.py, columns of half of the lines", widths[len(widths) // 2], 48),
         ("agent.py, columns of nine in ten", widths[len(widths) * 9 // 10], 80),
         ("agent.py, % of expressions without a type", untyped, 5),
