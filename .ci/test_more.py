@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -23,9 +24,9 @@ from test_agent import APOLOGY, OFFLINE, SETTINGS, SURE, Own, Patch, Serve, case
 
 
 async def test_reply_can_be_called_without_a_server_or_a_key() -> None:
-    history = [Turn("one"), Turn("two")]
+    history, began = [Turn("one"), Turn("two")], time.monotonic()
     said = "".join([str(piece) async for piece in Agent(OFFLINE).reply({}, history)])
-    assert "You said 'two'. Set GOOGLE" in said
+    assert "You said 'two'. Set GOOGLE" in said and time.monotonic() > began + 1
     with pytest.raises(AssertionError, match="GOOGLE_GENERATIVE_AI_API_KEY"):
         await anext(Agent(OFFLINE).ask(history))
 
@@ -116,6 +117,7 @@ async def test_a_record_is_waited_for_and_nothing_ends_it(
         await caller.hear(response, script[0])
         two = asyncio.create_task(caller.answer(caller.event("two")))
         await gate.reached.wait()
+        [await caller.http.get(caller.url) for _ in range(2)]
         three = asyncio.create_task(caller.say("three"))
         await until(lambda: len(caller.log()) == 2)
         await caller.status(b"")
@@ -141,8 +143,11 @@ async def test_a_stop_ends_no_record(serve: Serve) -> None:
     caller = await serve(one := Agent(SETTINGS, store), GRACE=0)
     answer = asyncio.create_task(caller.say("one"))
     await gate.reached.wait()
+    agent.cut_off(*one.tasks, *one.tasks)
+    assert [task.cancelling() for task in one.tasks] == [1]
     stopping = asyncio.create_task(one.stop(web.Application()))
     await caller.status(b"")
+    assert not stopping.done()
     gate.open()
     await asyncio.wait([answer, stopping])
     assert store.facts[-1][2]["finished"]
@@ -220,8 +225,8 @@ async def test_visitors_share_no_cookies_and_have_no_need_to_queue(
 
 
 KEY = SETTINGS.layercode_api_key
-QUOTED = {"text": f'{{"error": "no {KEY},\\nn\u00f4r that"}}'}
-WHY = '{"error": "no ***,\\nn r that"}'
+QUOTED = {"text": f'{{"error": "no {KEY},\\nn\u00f4r that"}}' + "x" * 200}
+WHY = ('{"error": "no ***,\\nn r that"}' + "x" * 200)[:200]
 
 
 @cases(
