@@ -631,8 +631,10 @@ class Reply:
             words = self.plain(piece["content"] if is_speech else "", not is_speech)
             sent = [{"type": "response.tts", "content": words}] if words else []
             sent += [] if is_speech else [piece]
-            named = [{**event, "turn_id": self.key[1]} for event in sent]
-            frames = [f"data: {json.dumps(one, allow_nan=False)}\n\n" for one in named]
+            ids = {"turn_id": self.key[1]}
+            frames = [
+                f"data: {json.dumps(one | ids, allow_nan=False)}\n\n" for one in sent
+            ]
         except Exception as error:
             what = f"yields a {type(piece).__name__}, no str or event"
             raise AnswerError(f"{self.method.__qualname__}() {what}: {error}") from None
