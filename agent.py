@@ -631,10 +631,8 @@ class Reply:
             words = self.plain(piece["content"] if is_speech else "", not is_speech)
             sent = [{"type": "response.tts", "content": words}] if words else []
             sent += [] if is_speech else [piece]
-            ids = {"turn_id": self.key[1]}
-            frames = [
-                f"data: {json.dumps(one | ids, allow_nan=False)}\n\n" for one in sent
-            ]
+            named = [{**event, "turn_id": self.key[1]} for event in sent]
+            frames = [f"data: {json.dumps(one, allow_nan=False)}\n\n" for one in named]
         except Exception as error:
             what = f"yields a {type(piece).__name__}, no str or event"
             raise AnswerError(f"{self.method.__qualname__}() {what}: {error}") from None
@@ -814,8 +812,8 @@ async def ask_once(agent: Agent, request: Config) -> Chunks:
     ending = ""
     try:
         while True:
-            more = anext(chunks)
-            chunk = await (asyncio.wait_for(more, 0.1) if ending else more)
+            async with asyncio.timeout(0.1) if ending else contextlib.nullcontext():
+                chunk = await anext(chunks)
             prompt = chunk.prompt_feedback
             if prompt and prompt.block_reason:
                 raise BlockedError(f"Gemini blocked it: {prompt.block_reason.name}")
