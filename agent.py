@@ -248,8 +248,6 @@ class Agent:
             if key:
                 from google.genai import Client
 
-                # Spares callers 60 ms pauses.
-                gc.freeze()
                 logging.getLogger("google_genai").setLevel("ERROR")
                 # No retries: see ask_twice().
                 options: Any = {"aiohttp_client": self.http}
@@ -257,6 +255,8 @@ class Agent:
                 # Not Vertex, whatever is set.
                 client = Client(vertexai=False, api_key=key, http_options=options)
                 self.gemini = client.aio.models
+                # Spares callers 60 ms pauses.
+                gc.freeze()
                 self.start(warm_up(self))
             yield
 
