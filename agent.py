@@ -36,12 +36,13 @@ import sys
 import threading
 import time
 import traceback
-import urllib.request as urls
+import urllib.request
 from collections.abc import AsyncGenerator as Stream
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
+from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
 from weakref import WeakValueDictionary
 
 import aiohttp
@@ -63,13 +64,13 @@ refusals = logging.getLogger("agent.refusals")
 
 T = TypeVar("T")
 # Forgets a task that is over.
-Running = WeakValueDictionary[Any, asyncio.Task[Any]]
+Running = WeakValueDictionary[str | tuple[str, str], asyncio.Task[Any]]
 Event = dict[str, Any]
 # A str is spoken, an Event is sent as it is.
 Speech = Stream[str | Event, None]
 Tool = Callable[..., Any]
 
-# ---- Limits, in seconds; MAX is a number
+# ---- Limits: in seconds, but for MAX
 TOOL_PATIENCE = 5.0
 FILLER_AFTER = 1.2
 RECORD_PATIENCE = 2.0
@@ -89,6 +90,7 @@ RUNNER_OPTIONS: dict[str, Any] = {
     "handler_cancellation": True,
     # A stranger's 1 MB can inflate to 1 GB.
     "auto_decompress": False,
+    # Longer than nginx's 60, cloudflared's 90.
     "keepalive_timeout": 120,
     "lingering_time": 2,
     # After Agent.stop(). aiohttp waits twice.
@@ -242,7 +244,7 @@ class Agent:
             # No visitor gets another's cookies.
             cookie_jar=aiohttp.DummyCookieJar(),
             # Otherwise ~/.netrc is read.
-            trust_env=bool(urls.getproxies()),
+            trust_env=bool(urllib.request.getproxies()),
         ) as self.http:
             key = self.settings.google_generative_ai_api_key
             if key:
@@ -261,7 +263,7 @@ class Agent:
             yield
 
     def start(self, work: Coroutine[Any, Any, T], name: str = "") -> asyncio.Task[T]:
-        """Starts a task, with a name for the log: its own, or what starts it."""
+        """Starts a task; the log calls it by its name, or by what starts it."""
         task = asyncio.create_task(work, name=name or name_of_task())
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -295,7 +297,7 @@ class Turn:
     spoken: str = ""
     # False if it was cut off, or goes on.
     finished: bool = False
-    # If it was cut off, and that is known.
+    # If it was cut off, what was heard of it.
     heard: str | None = None
     # Tools' calls and results, for the model.
     done: Sequence[Event] = ()
@@ -309,7 +311,7 @@ class Turn:
 
 
 class Histories:
-    """What was said, in memory. A store of yours overrides two methods."""
+    """What was said, in memory. Your store overrides load() and record()."""
 
     def __init__(self) -> None:
         # The least recently used comes first.
@@ -343,8 +345,7 @@ def contents(history: list[Turn]) -> list[Event]:
 
 
 # ---- What is read aloud
-# What would be read aloud, or not understood: Markdown's marks, and the mark
-# of an interruption, which models copy. Arithmetic stays: 2*3, 5 * 3, 2**3.
+# Not Markdown's marks, nor [interrupted]. Arithmetic is: 2*3, 5 * 3, 2**3.
 MARKS = re.compile(
     # What begins a mark, for speed; a heading, a quotation, a list.
     r"(?!\A)(?=[-+*_#>`!\[ \t])(?:(?<=\n)[ \t]*(?:#{1,6} |> ?|[-*+] )"
@@ -488,9 +489,8 @@ class Reply:
     An interruption: the caller speaks, Layercode drops the connection, and aiohttp
     cancels the handler, which cuts off the reply's task. This closes reply() and
     Gemini's stream in it; tools that have begun go on. What was spoken is recorded
-    as not finished. The next webhook tells how much was heard; the model is shown
-    those words and [interrupted]. If it comes before that, its reply cuts this one
-    off, and waits until it is recorded.
+    as not finished. The next webhook tells how much was heard, and the model is
+    shown that. If it comes first, its reply cuts this one off, and waits.
     """
 
     def __init__(self, agent: Agent, request: web.Request, event: Event) -> None:
@@ -498,6 +498,7 @@ class Reply:
         self.event = event
         self.key = (event["conversation_id"], text_of(event, "turn_id"))
         self.is_greeting = event["type"] != "message"
+        self.method = agent.greet if self.is_greeting else agent.reply
         text = "" if self.is_greeting else event.get("text") or ""
         self.turn = Turn(user=str(text).strip())
         # To record; nothing of a repetition.
@@ -527,10 +528,9 @@ class Reply:
         figures = f"first_word={first} total={total:.0f}ms chunks={len(self.times)}"
         level = logging.WARNING if "failed" in outcome else logging.INFO
         log.log(level, "%s %s %s", name_of_task(), outcome, figures)
-        # Not among those that a stop cuts off.
+        # Neither a stop nor a hang-up ends it.
         recording = asyncio.create_task(self.record(), name=name_of_task())
         while not recording.done():
-            # Layercode may hang up here, too.
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([recording])
         return self.response
@@ -545,7 +545,7 @@ class Reply:
         await record(self.agent, self.key, self.facts)
 
     async def speak(self) -> str:
-        """Writes an answer, or the apology, and its end; returns what it was."""
+        """Writes the answer, or the apology, and its end; returns the outcome."""
         outcome = "spoken"
         patience = self.agent.patience
         wait = asyncio.timeout(patience)
@@ -579,8 +579,8 @@ class Reply:
     async def begin(self) -> Speech:
         """Records what the webhook tells, and returns what is to be said.
 
-        First the caller's words: no failure can lose them. A webhook may arrive
-        twice, and cut off itself: if its turn is finished, or not the last, the same
+        The caller's words come first: no failure loses them. A webhook that comes
+        again cuts off the first; if its turn is finished, or not the last, the same
         words are spoken again; otherwise there is a new answer, once its tools end.
         """
         cut_off(self.earlier)
@@ -616,7 +616,6 @@ class Reply:
             return say_once(self.agent.apology)
         if self.is_greeting:
             self.agent.start(warm_up(self.agent))
-        self.method = self.agent.greet if self.is_greeting else self.agent.reply
         speech = self.method(self.event, history)
         if not isinstance(speech, Stream):
             raise AnswerError(f"{self.method.__qualname__}() needs async def and yield")
@@ -766,8 +765,9 @@ async def ask_twice(
         else:
             raise tasks[-1].exception() or AnswerError("no words")
     finally:
-        beaten = [one for one in tasks if one.cancel()]
-        await asyncio.gather(*beaten, return_exceptions=True)
+        for task in tasks:
+            if task.cancel():
+                await asyncio.gather(task, return_exceptions=True)
     async with contextlib.aclosing(stream):
         for piece in opening:
             yield piece
@@ -809,6 +809,7 @@ async def ask_once(agent: Agent, request: Config) -> Chunks:
     assert agent.gemini, "GOOGLE_GENERATIVE_AI_API_KEY is not set"
     ask = agent.gemini.generate_content_stream
     chunks = await ask(model=agent.settings.gemini_model, contents={}, config=request)
+    # The finish reason: what follows in a moment is part of the answer.
     ending = ""
     try:
         while True:
@@ -844,8 +845,7 @@ def explain(settings: Settings, error: errors.APIError) -> AnswerError:
         "instruction is not enabled": f": {model} takes no persona",
         "thinking": f": does GEMINI_THINKING={settings.gemini_thinking} suit {model}?",
     }
-    answer = str(error.details).lower()
-    hint = "".join(hint for words, hint in hints.items() if words in answer)
+    hint = "".join(hints[one] for one in hints if one in str(error.details).lower())
     kind = FinalError if error.code in (400, 401, 403, 404, 429) else AnswerError
     return kind(f"{type(error).__name__} {error.code} {error.status}{hint}")
 
@@ -937,11 +937,10 @@ class Answer:
         called = [part for part in sent if "functionCall" in part]
         calls = [part.function_call for part in parts if part.function_call]
         answers = [{"id": one.id, "name": one.name, "response": BEGUN} for one in calls]
-        told = [{"functionResponse": one} for one in answers]
-        reply = {"role": "user", "parts": told}
+        told = {"role": "user", "parts": [{"functionResponse": one} for one in answers]}
         turn = self.history[-1]
-        turn.done = [*turn.done, {"role": "model", "parts": sent}, reply]
-        self.recorded += [{"role": "model", "parts": called}, reply]
+        turn.done = [*turn.done, {"role": "model", "parts": sent}, told]
+        self.recorded += [{"role": "model", "parts": called}, told]
         await record(self.agent, self.key, {"done": self.recorded})
         await asyncio.gather(*map(self.agent.start, map(self.call, calls, answers)))
         await record(self.agent, self.key, {"done": self.recorded})
@@ -949,10 +948,11 @@ class Answer:
 
     async def call(self, call: types.FunctionCall, answer: Event) -> None:
         """Puts a tool's result, or error, into an answer that is on record."""
+        # Of default_api.order, the last.
         name = (call.name or "").rpartition(".")[2]
         try:
             if name not in self.tools:
-                raise AnswerError(f"There is no tool {name}, but {[*self.tools]}")
+                raise AnswerError(f"There is no tool {name}, only {list(self.tools)}")
             tool = pydantic.validate_call(self.tools[name])
             async with asyncio.timeout(TOOL_PATIENCE):
                 value = await in_thread(lambda: tool(**call.args or {}))
@@ -1047,7 +1047,7 @@ def chat(agent: Agent, url: str | None, fields: Event) -> None:
     log.setLevel("DEBUG")
     log.addFilter(lambda record: record.levelname != "INFO")
     # No proxy leads to the agent served here.
-    opener = urls.build_opener(urls.ProxyHandler(None if url else {}))
+    opener = build_opener(ProxyHandler(None if url else {}))
     url = url or serve_beside(agent)
     print("Ctrl-C interrupts the agent. Hang up with Ctrl-D.\n")
     name = os.urandom(8).hex()
@@ -1060,13 +1060,13 @@ def chat(agent: Agent, url: str | None, fields: Event) -> None:
             event = {"type": "message", "text": input("\n> "), **report}
 
 
-def listen(opener: urls.OpenerDirector, url: str, secret: str, event: Event) -> Event:
+def listen(opener: OpenerDirector, url: str, secret: str, event: Event) -> Event:
     """Posts a webhook, prints the answer; returns what the next reports."""
     heard = ""
     kinds = set()
     try:
         body = json.dumps(event).encode()
-        post = urls.Request(url, body, {"Content-Type": "application/json"})
+        post = Request(url, body, {"Content-Type": "application/json"})
         post.add_header("layercode-signature", sign(body, secret))
         with opener.open(post, timeout=30) as answer:
             for line in answer:
