@@ -339,16 +339,17 @@ def contents(history: list[Turn]) -> list[Event]:
         if merged and merged[-1]["role"] == "user":
             said = merged.pop()["parts"] + said
         merged += [{"role": "user", "parts": said}, *turn.done]
-        if turn is not history[-1] and turn.answer():
-            merged.append({"role": "model", "parts": [{"text": turn.answer()}]})
+        answer = turn.answer()
+        if answer and turn is not history[-1]:
+            merged.append({"role": "model", "parts": [{"text": answer}]})
     return merged
 
 
 # ---- What is read aloud
 # Not Markdown's marks, nor [interrupted]. Arithmetic is: 2*3, 5 * 3, 2**3.
 MARKS = re.compile(
-    # What begins a mark, for speed; a heading, a quotation, a list.
-    r"(?!\A)(?=[-+*_#>`!\[ \t])(?:(?<=\n)[ \t]*(?:#{1,6} |> ?|[-*+] )"
+    # A heading, a quotation, a list.
+    r"(?!\A)(?:(?<=\n)[ \t]*(?:#{1,6} |> ?|[-*+] )"
     # [interrupted]; a link, whose text stays.
     r"|\[(?i:interrupted)\]|!?\[(?P<text>[^\[\]\n]*)\]\([^()\s]*\)"
     r"|`+|(?<!\d)\*{2,}|\*{2,}(?!\d)|__+"
@@ -528,21 +529,18 @@ class Reply:
         figures = f"first_word={first} total={total:.0f}ms chunks={len(self.times)}"
         level = logging.WARNING if "failed" in outcome else logging.INFO
         log.log(level, "%s %s %s", name_of_task(), outcome, figures)
-        # Neither a stop nor a hang-up ends it.
-        recording = asyncio.create_task(self.record(), name=name_of_task())
-        while not recording.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([recording])
-        return self.response
-
-    async def record(self) -> None:
-        """Records the answer, after the one before it."""
+        # Neither a stop nor a hang-up may end the record. cut_off() ends a
+        # task once, and this is the once.
+        cut_off(self.task)
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
         if self.earlier is not None:
             # If begin() did not get to wait.
             await asyncio.wait([self.earlier], timeout=RECORD_PATIENCE)
         if "spoken" in self.facts:
             self.facts |= {"spoken": self.turn.spoken, "finished": self.turn.finished}
         await record(self.agent, self.key, self.facts)
+        return self.response
 
     async def speak(self) -> str:
         """Writes the answer, or the apology, and its end; returns the outcome."""
@@ -644,6 +642,10 @@ class Reply:
     def plain(self, words: str, is_end: bool) -> str:
         """What can be spoken now, without marks; at the end, all."""
         text = self.rest + words
+        # For speed: each mark has one of these.
+        if set("\n*_`[").isdisjoint(text):
+            self.rest = text[-1:]
+            return words
         open_end = OPEN_END.search(text, 1)
         end = open_end.start() if open_end and not is_end else len(text)
         self.rest = text[end - 1 :]
@@ -700,9 +702,8 @@ def text_of(event: Event, name: str, older: str = "") -> str:
 def sign(body: bytes, secret: str, at: str = "") -> str:
     """The layercode-signature: t=<Unix seconds>,v1=<hex HMAC-SHA256 of t.body>."""
     at = at or str(int(time.time()))
-    signed = at.encode() + b"." + body
-    digest = hmac.new(secret.encode(), signed, hashlib.sha256).hexdigest()
-    return f"t={at},v1={digest}"
+    digest = hmac.new(secret.encode(), at.encode() + b"." + body, hashlib.sha256)
+    return f"t={at},v1={digest.hexdigest()}"
 
 
 def verify(header: str, body: bytes, secret: str) -> bool:
@@ -737,9 +738,9 @@ async def ask_twice(
 ) -> Stream[T, None]:
     """Yields what ask() yields, and calls ask() once more if no word has come.
 
-    That is after so many seconds without a piece that has_words(), or at once if
-    the first request fails. The two race, so that a slow model is not made slower,
-    and the first to speak wins. If both fail, raises the error of the second.
+    That is after so many seconds without a piece that has_words(), or at once
+    if the first request fails. The two race, so that a slow model is not made
+    slower, and the first to speak wins. If both fail, raises the second's error.
     """
 
     async def attempt() -> tuple[list[T], Stream[T, None]]:
@@ -813,8 +814,7 @@ async def ask_once(agent: Agent, request: Config) -> Chunks:
     ending = ""
     try:
         while True:
-            async with asyncio.timeout(0.1) if ending else contextlib.nullcontext():
-                chunk = await anext(chunks)
+            chunk = await asyncio.wait_for(anext(chunks), 0.1 if ending else None)
             prompt = chunk.prompt_feedback
             if prompt and prompt.block_reason:
                 raise BlockedError(f"Gemini blocked it: {prompt.block_reason.name}")

@@ -623,26 +623,29 @@ async def test_a_store_gets_each_fact_when_it_is_known(serve: Serve) -> None:
     assert caller.gemini.shown() == ["two"]
 
 
-@cases(*product([True, False], [True, False]))
+@cases(*product([[], ["Well, "], ["Well, ", forever]], [True, False]))
 async def test_arrival_decides_and_no_word_is_lost_however_slow_a_store_is(
-    serve: Serve, spoken: bool, drops: bool
+    serve: Serve, script: list[Step], drops: bool
 ) -> None:
-    store = Store(**{"finished" if spoken else "user": (gate := Gate())})
-    caller = await serve(Agent(SETTINGS, store), [["Well, ", forever]] * spoken)
+    store = Store(**{"finished" if script else "user": (gate := Gate())})
+    one, scripts = Agent(SETTINGS, store), [script] if script else []
+    caller = await serve(one, scripts, RECORD_PATIENCE=60)
     async with caller.post(caller.event("one")) as response:
-        await caller.hear(response, "Well, " * spoken)
+        await caller.hear(response, "Well, " if script else "")
+        first = one.running[caller.conversation]
         if drops:
             response.close()
-        answer = asyncio.create_task(caller.say("two"))
-        # The first is cut off, and waits to be recorded.
-        await until(caller.log)
+        # The second hangs up, while it waits for the first to be recorded.
+        second = until(lambda: one.running[caller.conversation] is not first)
+        await caller.drop(second, caller.event("two"))
+        answer = asyncio.create_task(caller.say("three"))
         await gate.reached.wait()
         await caller.status(b"")
-        assert len(caller.gemini.asked) == spoken
+        assert len(caller.gemini.asked) == len(scripts)
         gate.open()
         assert await answer == SURE
-    heard = ["Well,  [interrupted]"] * spoken
-    assert caller.gemini.shown() == ["one", *heard, "two"]
+    heard = ["Well,  [interrupted]"] if forever in script else script
+    assert caller.gemini.shown() == ["one", *heard, "two", "three"]
 
 
 @cases(*product(["load", "user", "finished"], [fails, quits, forever]))
@@ -844,7 +847,7 @@ PLAIN = {
 async def test_marks_are_not_read_aloud_split_or_not(serve: Serve, text: str) -> None:
     caller = await serve(one := Own())
     for end in range(len(text)):
-        one.pieces = (text[:end], text[end:])
+        one.pieces = (text[: end // 2], text[end // 2 : end], text[end:])
         assert await caller.say("hello") == PLAIN[text], one.pieces
 
 
@@ -985,7 +988,7 @@ def returns(name: str, event: Event) -> agent.Tool:
     return tool
 
 
-HAM = call("order", dish="a ham")
+HAM, WAIT = call("order", dish="a ham"), [call("wait")]
 ORDERED = ["A ham!", "calls order", 'gives {"output": "number 1"}']
 
 
@@ -1121,9 +1124,6 @@ async def test_events_of_tools_are_sent_and_a_hang_up_comes_last(serve: Serve) -
     frames = await caller.frames(caller.event("bye"))
     assert (words(frames).strip(), frames[-1]) == ("Bye.", HANG_UP)
     assert len(caller.gemini.asked) == 3
-
-
-WAIT = [call("wait")]
 
 
 @cases(
