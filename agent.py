@@ -47,11 +47,9 @@ from weakref import WeakValueDictionary
 
 import aiohttp
 import certifi
-import pydantic
 from aiohttp import web
 from aiohttp.typedefs import Handler
 from aiohttp.web import StreamResponse
-from pydantic_core import to_jsonable_python
 
 if TYPE_CHECKING:
     from google.genai import errors, models, types
@@ -335,25 +333,24 @@ class Histories:
 
 def contents(history: list[Turn]) -> list[Event]:
     """What Gemini is sent of a history: the caller comes first and last."""
-    merged: list[Event] = []
+    shown: list[Event] = []
     for turn in history:
         said = [{"text": turn.user or "(The caller says nothing.)"}]
         # The turn before may have no answer.
-        if merged and merged[-1]["role"] == "user":
-            said = merged.pop()["parts"] + said
-        merged += [{"role": "user", "parts": said}, *turn.done]
+        if shown and shown[-1]["role"] == "user":
+            said = shown.pop()["parts"] + said
+        shown += [{"role": "user", "parts": said}, *turn.done]
         answer = turn.answer()
         if answer and turn is not history[-1]:
-            merged.append({"role": "model", "parts": [{"text": answer}]})
-    return merged
+            shown.append({"role": "model", "parts": [{"text": answer}]})
+    return shown
 
 
 # ---- What is read aloud
 # Not Markdown's marks, nor [interrupted]. Arithmetic is: 2*3, 5 * 3, 2**3.
 MARKS = re.compile(
-    # A heading, a quotation, a list.
+    # A heading, a quotation, a list; others.
     r"(?!\A)(?:(?<=\n)[ \t]*(?:#{1,6} |> ?|[-*+] )"
-    # [interrupted]; a link, whose text stays.
     r"|\[(?i:interrupted)\]|!?\[(?P<text>[^\[\]\n]*)\]\([^()\s]*\)"
     r"|`+|(?<!\d)\*{2,}|\*{2,}(?!\d)|__+"
     r"|(?<![\w*])[*_](?![\s*_])|(?<![\s*_])[*_](?![\w*]))"
@@ -948,12 +945,15 @@ class Answer:
 
     async def call(self, call: types.FunctionCall, answer: Event) -> None:
         """Puts a tool's result, or error, into an answer that is on record."""
+        from pydantic import validate_call
+        from pydantic_core import to_jsonable_python
+
         # Of default_api.order, the last.
         name = (call.name or "").rpartition(".")[2]
         try:
             if name not in self.tools:
                 raise AnswerError(f"There is no tool {name}, only {list(self.tools)}")
-            tool = pydantic.validate_call(self.tools[name])
+            tool = validate_call(self.tools[name])
             async with asyncio.timeout(TOOL_PATIENCE):
                 value = await in_thread(lambda: tool(**call.args or {}))
                 # An async one has only begun.
@@ -971,8 +971,10 @@ class Answer:
 
 def declare(tool: Tool) -> Event:
     """What Gemini is told of a tool. Raises pydantic's errors."""
+    from pydantic import TypeAdapter
+
     kind: Any = tool
-    schema = pydantic.TypeAdapter(kind).json_schema()
+    schema = TypeAdapter(kind).json_schema()
     told: Event = {"name": tool.__name__, "description": tool.__doc__}
     if schema.get("properties"):
         told["parameters_json_schema"] = schema
@@ -1010,14 +1012,13 @@ def name_of_task() -> str:
 
 
 def cause(error: BaseException) -> str:
-    """An error for the log: its type and place, or an AnswerError's words."""
+    """An error for the log: its type and place in our code, or AnswerError's words."""
     # A message may quote a key or a caller.
     log.debug("%s", name_of_task(), exc_info=error)
     if isinstance(error, AnswerError):
         return str(error)
     place = "an unknown place"
     for frame in traceback.extract_tb(error.__traceback__):
-        # Neither Python's files nor a library's.
         if not frame.filename.startswith((sys.prefix, sys.base_prefix, "<")):
             place = f"{Path(frame.filename).name}:{frame.lineno}"
     return f"{type(error).__name__} at {place}"
@@ -1050,12 +1051,11 @@ def chat(agent: Agent, url: str | None, fields: Event) -> None:
     opener = build_opener(ProxyHandler(None if url else {}))
     url = url or serve_beside(agent)
     print("Ctrl-C interrupts the agent. Hang up with Ctrl-D.\n")
-    name = os.urandom(8).hex()
-    fields = {"session_id": name, "conversation_id": name, **fields}
+    ids = dict.fromkeys(("session_id", "conversation_id"), os.urandom(8).hex())
     event: Event = {"type": "session.start"}
     with contextlib.suppress(EOFError):
         while True:
-            event = {**fields, **event, "turn_id": os.urandom(8).hex()}
+            event = {**ids, **fields, **event, "turn_id": os.urandom(8).hex()}
             report = listen(opener, url, agent.settings.layercode_webhook_secret, event)
             event = {"type": "message", "text": input("\n> "), **report}
 
