@@ -349,7 +349,7 @@ def contents(history: list[Turn]) -> list[Event]:
 # ---- What is read aloud
 # Not Markdown's marks, nor [interrupted]. Arithmetic is: 2*3, 5 * 3, 2**3.
 MARKS = re.compile(
-    # A heading, a quotation, a list; others.
+    # At a line's start; [interrupted]; a link.
     r"(?!\A)(?:(?<=\n)[ \t]*(?:#{1,6} |> ?|[-*+] )"
     r"|\[(?i:interrupted)\]|!?\[(?P<text>[^\[\]\n]*)\]\([^()\s]*\)"
     r"|`+|(?<!\d)\*{2,}|\*{2,}(?!\d)|__+"
