@@ -151,9 +151,9 @@ async def measure(editions: list[str]) -> None:
         show_ratios("turns/s of 50 callers (>= 0.85)", times)
         answer = replace(answer, pace=0)
         for agent in servers[1:]:
-            await crowd(agent.port, 50, 10, "long0")
+            await crowd(agent.port, 50, 2, "long0")
         times = []
-        for part in range(8):
+        for part in range(16):
             figures = [1.0]
             for agent in servers[1:]:
                 first = await wait_for_word(agent, f"new{part}")
