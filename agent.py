@@ -324,9 +324,7 @@ class Histories:
         """Sets fields of a Turn, which is a new one if its turn_id is new."""
         turns = self._conversations.pop(conversation, {})
         turns[turn_id] = dataclasses.replace(turns.get(turn_id, Turn()), **facts)
-        self._conversations[conversation] = turns
-        if len(turns) > MAX_TURNS:
-            del turns[next(iter(turns))]
+        self._conversations[conversation] = dict(list(turns.items())[-MAX_TURNS:])
         if len(self._conversations) > MAX_CONVERSATIONS:
             del self._conversations[next(iter(self._conversations))]
 
@@ -488,8 +486,8 @@ class Reply:
     """An answer on its way to Layercode.
 
     An interruption: the caller speaks, Layercode drops the connection, and aiohttp
-    cancels the handler, which cuts off the reply's task. This closes reply() and
-    Gemini's stream in it; tools that have begun go on. What was spoken is recorded
+    cancels the handler, which cuts off the reply's task. This closes reply()
+    and Gemini's stream in it; tools that have begun go on. What was spoken is recorded
     as not finished. The next webhook tells how much was heard, and the model is
     shown that. If it comes first, its reply cuts this one off, and waits.
     """
@@ -529,7 +527,7 @@ class Reply:
         figures = f"first_word={first} total={total:.0f}ms chunks={len(self.times)}"
         level = logging.WARNING if "failed" in outcome else logging.INFO
         log.log(level, "%s %s %s", name_of_task(), outcome, figures)
-        # Cut off now, it is not cut off again: the record is safe.
+        # cut_off() cancels once. Used up here, it cannot end the record.
         cut_off(self.task)
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(0)
@@ -739,7 +737,7 @@ async def ask_twice(
 
     That is after so many seconds without a piece that has_words(), or at once
     if the first request fails. The two race, so that a slow model is not made
-    slower, and the first to speak wins. If both fail, raises the second's error.
+    slower; the first to speak wins. If both fail, raises the second's error.
     """
 
     async def attempt() -> tuple[list[T], Stream[T, None]]:
@@ -899,8 +897,8 @@ class Answer:
                     new = [part for part in chunk.parts or [] if part.text != ""]
                     parts += new
                     yield "".join(one.text or "" for one in new if not one.thought)
-            words = "".join(one.text or "" for one in parts if not one.thought)
-            has_answered = has_answered or words.strip() != ""
+            spoke = any((one.text or "").strip() for one in parts if not one.thought)
+            has_answered = has_answered or spoke
             calls = [part.function_call for part in parts if part.function_call]
             if not calls or not rounds_left:
                 break
@@ -922,9 +920,9 @@ class Answer:
                     case {"type": "response.data" | "response.tts"} as event:
                         has_answered = True
                         yield event
-            if hang_up and words:
+            if hang_up and spoke:
                 break
-            yield " " if words else ""
+            yield " " if spoke else ""
         yield hang_up or ""
 
     async def run(self, parts: list[types.Part]) -> list[Event]:
@@ -1017,9 +1015,10 @@ def cause(error: BaseException) -> str:
     log.debug("%s", name_of_task(), exc_info=error)
     if isinstance(error, AnswerError):
         return str(error)
+    theirs = (sys.prefix, sys.base_prefix, "<")
     place = "an unknown place"
     for frame in traceback.extract_tb(error.__traceback__):
-        if not frame.filename.startswith((sys.prefix, sys.base_prefix, "<")):
+        if not frame.filename.startswith(theirs):
             place = f"{Path(frame.filename).name}:{frame.lineno}"
     return f"{type(error).__name__} at {place}"
 
@@ -1051,7 +1050,8 @@ def chat(agent: Agent, url: str | None, fields: Event) -> None:
     opener = build_opener(ProxyHandler(None if url else {}))
     url = url or serve_beside(agent)
     print("Ctrl-C interrupts the agent. Hang up with Ctrl-D.\n")
-    ids = dict.fromkeys(("session_id", "conversation_id"), os.urandom(8).hex())
+    call = os.urandom(8).hex()
+    ids = {"session_id": call, "conversation_id": call}
     event: Event = {"type": "session.start"}
     with contextlib.suppress(EOFError):
         while True:

@@ -108,23 +108,17 @@ async def test_a_slow_answer_counts_after_a_second_failed(
     assert " failed: ServerError 503 " in caller.log()[-1]
 
 
-@cases((["Well, ", test_agent.forever], "Well,  [interrupted]"), (["Well."], "Well."))
-async def test_a_record_is_waited_for_and_nothing_ends_it(
-    serve: Serve, script: Any, shown: str
-) -> None:
-    store = test_agent.Store(finished=(gate := test_agent.Gate()))
-    caller = await serve(Agent(SETTINGS, store), [script], RECORD_PATIENCE=20)
-    async with caller.post(caller.event("one")) as response:
-        await caller.hear(response, script[0])
-        two = asyncio.create_task(caller.answer(caller.event("two")))
-        await gate.reached.wait()
-        [await caller.http.get(caller.url) for _ in range(2)]
-        three = asyncio.create_task(caller.say("three"))
-        await until(lambda: len(caller.log()) == 2)
-        await caller.status(b"")
-        gate.open()
-        await asyncio.wait([two, three])
-    assert caller.gemini.shown() == ["one", shown, "two", "three"]
+async def test_how_the_beaten_request_ends_is_not_told(caplog: Any) -> None:
+    async def asked(words: str) -> Any:
+        await (test_agent.nothing if words else test_agent.waits_and_fails)()
+        yield words
+
+    requests = iter([asked(""), asked("Well.")])
+    answer = agent.ask_twice(lambda: next(requests), bool, 0.01)
+    assert [words async for words in answer] == ["Well."]
+    await until(lambda: len(asyncio.all_tasks()) == 1)
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 async def test_a_stop_ends_a_reply_that_would_go_on(serve: Serve) -> None:
@@ -135,8 +129,11 @@ async def test_a_stop_ends_a_reply_that_would_go_on(serve: Serve) -> None:
     caller = await serve(one := Own(stays, "on "), GRACE=0.01)
     answer = asyncio.create_task(caller.frames(caller.event("hello")))
     await until(lambda: one.events)
+    held = one.running[caller.conversation]
     await one.stop(web.Application())
     assert await answer == []
+    await one.stop(web.Application())
+    assert held.done() and str(caller.log()).count("Finishing") == 1
 
 
 async def test_a_stop_ends_no_record(serve: Serve) -> None:
